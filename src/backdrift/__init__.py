@@ -1,0 +1,56 @@
+"""backdrift: exact, memory-bounded gradients through diffusion and flow sampling.
+
+Names are imported on first use, so that ``import backdrift`` costs little beyond torch and does not
+import diffusers or transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from ._version import __version__
+
+# public name -> module that defines it
+_EXPORTS: dict[str, str] = {
+    "VP": "schedules",
+    "EDM": "schedules",
+    "Flow": "schedules",
+    "Schedule": "schedules",
+    "TimeGrid": "grids",
+    "Denoiser": "denoiser",
+    "Euler": "solvers",
+    "Heun": "solvers",
+    "RK4": "solvers",
+    "AdamsBashforth": "solvers",
+    "DPMSolverPP": "solvers",
+    "Plain": "gradients",
+    "Exact": "gradients",
+    "sample": "sampling",
+    "Solution": "sampling",
+    "as_denoiser": "pipelines.view",
+    "load": "pipelines.load",
+    "noise": "pipelines.load",
+    "differentiable": "pipelines.differentiable",
+    "optimize": "optimize",
+    "Run": "run",
+    "invert": "recipes.invert",
+}
+_MODULES = ("errors", "losses", "memory", "recipes", "report")
+
+__all__ = ["__version__", *_EXPORTS, *_MODULES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module 'backdrift' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
