@@ -1,0 +1,1 @@
+"""Applications: each a configuration of the one optimisation loop."""
