@@ -14,7 +14,7 @@ from .registry import register
 from .resize import resize
 
 
-@register("mse", argument="a picture file")
+@register("mse", argument="a picture file", example="mse:target.png")
 class MSE(Loss):
     """Mean over pixels and channels of ``(image - target)^2``.
 
@@ -56,7 +56,7 @@ class MSE(Loss):
         if height * columns != width * rows:
             raise InputError(
                 f"The target of the loss 'mse' is {columns}x{rows} pixels (width x height), the pictures are "
-                f"{width}x{height}; the proportions must be the same. Crop the target, or set the pictures' size."
+                f"{width}x{height}; give both the same proportions (crop the target)."
             )
         if len(target) not in (1, len(images)):
             raise InputError(f"The loss 'mse' has {len(target)} targets for {len(images)} pictures.")

@@ -1,0 +1,539 @@
+"""Losses against known answers: closed forms, finite differences, PyTorch's and transformers' own results."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from backdrift import losses
+from backdrift.errors import InputError
+from backdrift.losses import base, clip, measurements
+
+LABELS = {
+    "digit": ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
+    "colour": ["red", "green", "blue", "white"],
+    "background": ["white", "grey", "grass"],
+}
+
+
+class TinyHeads(nn.Module):
+    """A small random classifier with the built-in one's three answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.digits, self.colours, self.backgrounds = LABELS.values()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3, stride=8), nn.Tanh(), nn.Flatten())
+        self.heads = nn.ModuleDict({head: nn.Linear(256, len(names)) for head, names in LABELS.items()})
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        features = self.body(images)
+        return {head: layer(features) for head, layer in self.heads.items()}
+
+
+def tiny_heads() -> TinyHeads:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return TinyHeads().eval().requires_grad_(False)
+
+
+@pytest.fixture
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """A CLIP of random weights for 16x16 pictures and 16 tokens, with a tokenizer of a few words."""
+    import json
+
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    words = ["a", "blue", "red", "two", "one", "seven"]
+    pieces = [*"abcdefghijklmnopqrstuvwxyz", *(c + "</w>" for c in "abcdefghijklmnopqrstuvwxyz")]
+    vocabulary = [*dict.fromkeys([*pieces, *(w + "</w>" for w in words)]), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    last = len(vocabulary) - 1
+    ends = {"eos_token_id": last, "bos_token_id": last - 1, "pad_token_id": last}
+    config = CLIPConfig(
+        text_config={**small, **ends, "vocab_size": len(vocabulary), "max_position_embeddings": 16},
+        vision_config={**small, "image_size": 16, "patch_size": 8},
+        projection_dim=8,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = CLIPModel(config).eval().requires_grad_(False)
+    return {"model": model, "tokenizer": tokenizer}
+
+
+@pytest.fixture
+def builtin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_clip: dict) -> Path:
+    """Small random networks in the place of the built-in ones, and a target picture in the working folder."""
+    import sys
+    from types import ModuleType
+
+    import backdrift.pipelines as room
+
+    assets = ModuleType("backdrift.pipelines.assets")
+    assets.load_clip = lambda: (tiny_clip["model"], tiny_clip["tokenizer"])  # type: ignore[attr-defined]
+    assets.load_classifier = tiny_heads  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, assets.__name__, assets)
+    monkeypatch.setattr(room, "assets", assets, raising=False)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 64), (51, 102, 204)).save("target.png")
+    return tmp_path
+
+
+def pictures(n: int = 2, side: int = 64, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+# ---- the contract, of every loss that has a name -----------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(losses.kinds()))
+def test_every_named_loss_keeps_the_contract(name: str, builtin: Path) -> None:
+    loss = losses.resolve(losses.kinds()[name].example).double()
+    images = pictures(3) * 1.2 - 0.1  # overshoots [0, 1], as an unclamped picture may
+    images.requires_grad_()
+    values = loss(images, ["a red two"] * 3)
+    assert values.shape == (3,)
+    assert values.dtype == torch.float64
+    (gradient,) = torch.autograd.grad(values.sum(), images)
+
+    # each sample's value is its own, whatever is beside it in the batch
+    alone = torch.cat([loss(images[i : i + 1], ["a red two"]) for i in range(3)])
+    torch.testing.assert_close(alone, values, rtol=1e-12, atol=1e-14)
+
+    # the gradient is the derivative: central differences along a random direction
+    direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    step = 1e-6
+    with torch.no_grad():
+        ahead = loss(images + step * direction, ["a red two"] * 3)
+        behind = loss(images - step * direction, ["a red two"] * 3)
+    slope = (gradient * direction).flatten(1).sum(1)
+    assert slope.abs().min() > 0
+    torch.testing.assert_close(slope, (ahead - behind) / (2 * step), rtol=2e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", sorted(losses.kinds()))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_named_loss_takes_half_precision(name: str, dtype: torch.dtype, builtin: Path) -> None:
+    loss = losses.resolve(losses.kinds()[name].example)
+    images = pictures(2, dtype=torch.float32).to(dtype).requires_grad_()
+    values = loss(images, "a red two")
+    assert values.dtype == torch.float32
+    (gradient,) = torch.autograd.grad(values.sum(), images)
+    assert gradient.dtype == dtype
+    # as accurate as the pictures are: the same rounded pictures in float64 give the same value
+    torch.testing.assert_close(
+        values.double(), loss.double()(images.double(), "a red two"), rtol=1e-4, atol=1e-5
+    )
+
+
+# ---- known answers -----------------------------------------------------------------------------------
+
+
+def test_mse_closed_form_and_gradient() -> None:
+    target = torch.full((3, 8, 8), 0.25, dtype=torch.float64)
+    images = torch.full((2, 3, 8, 8), 0.75, dtype=torch.float64)
+    images[1] = 0.25
+    images.requires_grad_()
+    values = losses.MSE(target)(images)
+    assert values.tolist() == [0.25, 0.0]
+    (gradient,) = torch.autograd.grad(values.sum(), images)
+    torch.testing.assert_close(gradient[0], torch.full_like(target, 2 * 0.5 / 192))
+
+
+def test_mse_resizes_a_target_of_the_same_proportions() -> None:
+    flat = torch.full((3, 16, 32), 0.5)
+    assert losses.MSE(flat)(torch.full((1, 3, 8, 16), 0.5)).item() == pytest.approx(0, abs=1e-12)
+    with pytest.raises(InputError, match=r"32x16 pixels .* 8x8"):
+        losses.MSE(flat)(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(InputError, match="2 targets for 3 pictures"):
+        losses.MSE(torch.zeros(2, 3, 8, 8))(torch.zeros(3, 3, 8, 8))
+
+
+def test_mse_reads_a_picture_and_lays_transparency_on_white(tmp_path: Path) -> None:
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert torch.equal(losses.load_picture(tmp_path / "clear.png"), torch.ones(3, 4, 4))
+    with pytest.raises(InputError, match="does not exist"):
+        losses.resolve(f"mse:{tmp_path / 'missing.png'}")
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(InputError, match="cannot be read as a picture"):
+        losses.resolve(f"mse:{tmp_path / 'text.png'}")
+
+
+@pytest.mark.parametrize("kernel", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(5, 7), (16, 16), (24, 40), (64, 31)])
+def test_resize_is_the_antialiased_one_of_pytorch(kernel: str, size: tuple[int, int]) -> None:
+    images = pictures(2, 24)
+    expected = torch.nn.functional.interpolate(images, size, mode=kernel, antialias=True, align_corners=False)
+    torch.testing.assert_close(losses.resize(images, size, kernel), expected, rtol=0, atol=1e-12)  # type: ignore[arg-type]
+
+
+def test_resize_gradient_is_the_transpose() -> None:
+    images = pictures(1, 12).requires_grad_()
+    cotangent = torch.randn(1, 3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    out = losses.resize(images, (5, 5))
+    (gradient,) = torch.autograd.grad(out, images, cotangent)
+    torch.testing.assert_close(
+        (gradient * images).sum(), (out * cotangent).sum()
+    )  # linear: <A'c, x> = <c, Ax>
+    assert torch.autograd.gradcheck(lambda x: losses.resize(x, (3, 4)), (pictures(1, 6).requires_grad_(),))
+
+
+def test_prepare_crops_the_centre_and_normalises() -> None:
+    images = torch.zeros(1, 3, 8, 16)
+    images[..., 4:12] = 1.0  # the centre square is white
+    out = losses.prepare(images, 8, torch.tensor([0.5, 0.5, 0.5]), torch.tensor([0.25, 0.5, 1.0]))
+    assert out.shape == (1, 3, 8, 8)
+    assert [out[0, c].unique().item() for c in range(3)] == [2.0, 1.0, 0.5]
+
+
+def test_measurements_closed_forms() -> None:
+    red = torch.zeros(1, 3, 32, 32, dtype=torch.float64)
+    red[:, 0] = 0.8
+    assert measurements.mean_brightness(red).item() == pytest.approx(0.8 * 0.299)
+    assert measurements.mean_saturation(red).item() == 1.0
+    assert measurements.mean_chroma(red).item() == pytest.approx(0.8)
+    assert measurements.contrast(red).item() < 1e-6
+    pink = red + 0.2  # HSV: (1.0 - 0.2) / 1.0
+    assert measurements.mean_saturation(pink).item() == pytest.approx(0.8)
+    black = torch.zeros(1, 3, 32, 32)
+    assert measurements.mean_saturation(black).item() == 0.0
+    halves = torch.zeros(1, 3, 32, 32)
+    halves[..., :16] = 1
+    assert measurements.contrast(halves).item() == pytest.approx(0.5, abs=1e-6)
+    flat = torch.full((1, 3, 8, 8), 0.5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(measurements.contrast(flat).sum(), flat)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("waves", [1, 5, 11, 24])
+@pytest.mark.parametrize("sigma", [0.7, 1.0, 2.0])
+def test_high_frequency_energy_is_the_filters_frequency_response(waves: int, sigma: float) -> None:
+    """A cosine even about both edges is an eigenfunction of the mirrored blur: H = sum_k g_k cos(k w)."""
+    width = 33
+    omega = math.pi * waves / (width - 1)
+    wave = torch.cos(omega * torch.arange(width, dtype=torch.float64))
+    radius = math.ceil(4 * sigma)
+    kernel = [math.exp(-(k**2) / (2 * sigma**2)) for k in range(-radius, radius + 1)]
+    response = sum(g * math.cos(k * omega) for k, g in zip(range(-radius, radius + 1), kernel, strict=True))
+    response /= sum(kernel)
+    expected = (1 - response) ** 2 * wave.square().mean()
+    images = wave.expand(1, 3, width, width)
+    got = measurements.high_frequency_energy(images, sigma)
+    assert got.item() == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_high_frequency_energy_falls_when_blurred_and_refuses_what_it_cannot_do() -> None:
+    images = pictures(1, 32)
+    soft = losses.resize(losses.resize(images, (8, 8)), (32, 32))
+    assert (
+        measurements.high_frequency_energy(soft).item()
+        < 0.02 * measurements.high_frequency_energy(images).item()
+    )
+    with pytest.raises(InputError, match="more than 4 pixels"):
+        measurements.high_frequency_energy(pictures(1, 4))
+    with pytest.raises(InputError, match="sigma must be positive"):
+        measurements.high_frequency_energy(images, 0)
+
+
+def test_statistics_with_and_without_a_goal() -> None:
+    grey = torch.full((2, 3, 32, 32), 0.5, dtype=torch.float64)
+    assert losses.resolve("brightness")(grey).tolist() == pytest.approx([0.5, 0.5])
+    assert losses.resolve("brightness:0.8")(grey).tolist() == pytest.approx([0.09, 0.09])
+    assert losses.resolve("-brightness")(grey).tolist() == pytest.approx([-0.5, -0.5])
+    assert losses.resolve("colour:red")(grey).tolist() == pytest.approx([0.25, 0.25])
+    assert losses.resolve("colour:#808080")(grey).tolist() == pytest.approx([(128 / 255 - 0.5) ** 2] * 2)
+    with pytest.raises(InputError, match="takes a number as its goal, got 'high'"):
+        losses.resolve("brightness:high")
+    with pytest.raises(InputError, match="CSS colour name"):
+        losses.resolve("colour:reddish")
+
+
+def test_class_forms_against_pytorch() -> None:
+    network = tiny_heads().double()
+    images = pictures(2)
+    logits = network(images)
+    seven, red = 7, 0
+    got = losses.ClassTarget("a red seven", network)(images)
+    expected = nn.functional.cross_entropy(logits["digit"], torch.tensor([seven] * 2), reduction="none")
+    expected = expected + nn.functional.cross_entropy(
+        logits["colour"], torch.tensor([red] * 2), reduction="none"
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    got = losses.ClassTarget("seven", network, "logit")(images)
+    torch.testing.assert_close(got, -logits["digit"][:, seven])
+    margin = losses.ClassTarget("seven", network, "margin")(images)
+    for i in range(2):
+        others = [logits["digit"][i, k].item() for k in range(10) if k != seven]
+        assert margin[i].item() == pytest.approx(max(others) - logits["digit"][i, seven].item())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("seven", {"digit": 7}),
+        ("SEVEN", {"digit": 7}),
+        ("grass", {"background": 2}),
+        ("a red seven on grass", {"digit": 7, "colour": 0, "background": 2}),
+        ("a white two on white", {"digit": 2, "colour": 3, "background": 0}),
+        ("a two on white", {"digit": 2, "background": 0}),
+        ("background=white, digit=one", {"background": 0, "digit": 1}),
+    ],
+)
+def test_classes_are_found_in_phrases(text: str, expected: dict[str, int]) -> None:
+    assert losses.Classifier(tiny_heads()).find(text) == expected
+
+
+def test_classes_that_do_not_exist_are_refused() -> None:
+    known = losses.Classifier(tiny_heads())
+    with pytest.raises(InputError, match=r"no class 'sevn'\. Did you mean 'seven'\?"):
+        known.find("sevn")
+    with pytest.raises(InputError, match=r"no head 'hue'; it has digit, colour, background"):
+        known.find("hue=red")
+    with pytest.raises(InputError, match=r"'colour' has no class 'gren'\. Did you mean 'green'\?"):
+        known.find("colour=gren")
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+    assert losses.Classifier(plain).find("3") == {"class": 3}
+    with pytest.raises(InputError, match="have no names; give a number"):
+        losses.Classifier(plain).find("cat")
+    with pytest.raises(InputError, match="Class 9 does not exist: the classifier has 4 classes"):
+        losses.ClassTarget(9, plain)(torch.rand(1, 3, 2, 2))
+    with pytest.raises(InputError, match="is in training mode"):
+        losses.Classifier(nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 4)))
+
+
+def test_a_transformers_classifier_sees_what_its_own_processor_makes(tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    config = ViTConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    config.id2label = {0: "cat", 1: "dog", 2: "tabby cat"}
+    config.num_labels = 3
+    torch.manual_seed(0)
+    model = ViTForImageClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    processor = ViTImageProcessor(
+        size={"height": 16, "width": 16}, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.4], resample=3
+    )
+    processor.save_pretrained(tmp_path)
+    array = (pictures(1, 48)[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+    picture = Image.fromarray(array)
+    with torch.no_grad():
+        logits = model(**processor(picture, return_tensors="pt")).logits
+    loss = losses.resolve(f"class:tabby cat@{tmp_path}")
+    images = torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255
+    expected = nn.functional.cross_entropy(logits, torch.tensor([2]))
+    # the processor rounds the resized picture to 8 bits, hence not closer
+    assert loss(images).item() == pytest.approx(expected.item(), abs=2e-3)
+    with pytest.raises(InputError, match="No image classifier can be loaded from"):
+        losses.resolve(f"class:cat@{tmp_path / 'nowhere'}")
+
+
+def test_ambigram_is_the_sum_of_its_two_readings() -> None:
+    network = tiny_heads().double()
+    images = pictures(2)
+    loss = losses.Ambigram("two", "seven", network)
+    upright = losses.ClassTarget("two", network)(images)
+    turned = losses.ClassTarget("seven", network)(torch.rot90(images, 2, (2, 3)))
+    torch.testing.assert_close(loss(images), upright + turned, rtol=1e-12, atol=0)
+    # and turning the picture exchanges the two wishes
+    torch.testing.assert_close(
+        losses.Ambigram("seven", "two", network)(images.rot90(2, (2, 3))), loss(images)
+    )
+    reads = loss.reads(images)
+    views = torch.stack(
+        [network(images)["digit"].argmax(1) == 2, network(images.rot90(2, (2, 3)))["digit"].argmax(1) == 7]
+    )
+    assert torch.equal(reads, views.T)
+    with pytest.raises(InputError, match="needs two classes"):
+        losses.resolve("ambigram:two")
+
+
+@pytest.mark.parametrize("degrees", [0.0, 1e-4, 1.0, 60.0, 90.0, 179.0, 180.0])
+def test_angles_are_exact_and_their_slope_finite(degrees: float) -> None:
+    theta = math.radians(degrees)
+    u = torch.tensor([[1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    v = torch.tensor([[math.cos(theta), math.sin(theta)]], dtype=torch.float64)
+    spherical = clip.angle_loss(u, v, "spherical")
+    cosine = clip.angle_loss(u, v, "cosine")
+    assert spherical.item() == pytest.approx(theta**2 / 2, rel=1e-9)
+    assert cosine.item() == pytest.approx(2 * math.sin(theta / 2) ** 2, rel=1e-9)
+    (gradient,) = torch.autograd.grad(spherical.sum() + cosine.sum(), u)
+    assert gradient.isfinite().all()
+
+
+def test_clip_agrees_with_transformers(tiny_clip: dict) -> None:
+    model, tokenizer = tiny_clip["model"], tiny_clip["tokenizer"]
+    images = pictures(2, 16, torch.float32)  # the model's own size, so that no resizing enters
+    mean, std = (torch.tensor(s)[:, None, None] for s in (clip.OPENAI_MEAN, clip.OPENAI_STD))
+    texts = ["a blue two", "a red seven"]
+    tokens = tokenizer(texts, padding="max_length", max_length=16, return_tensors="pt")
+    with torch.no_grad():
+        cosines = (
+            model(pixel_values=(images - mean) / std, **tokens).logits_per_image / model.logit_scale.exp()
+        )
+    theta = torch.arccos(cosines)
+    spherical = losses.CLIPText("a blue two", model, tokenizer)(images)
+    torch.testing.assert_close(spherical, theta[:, 0].square() / 2, rtol=1e-4, atol=1e-5)
+    cosine = losses.CLIPText("a red seven", model, tokenizer, "cosine")(images)
+    torch.testing.assert_close(cosine, 1 - cosines[:, 1], rtol=1e-4, atol=1e-5)
+    own = losses.CLIPText(None, model, tokenizer)(images, texts)  # each picture against its own prompt
+    torch.testing.assert_close(own, theta.diagonal().square() / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_clip_refuses_what_it_cannot_do(tiny_clip: dict, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has \d+ tokens; the model takes 16"):
+        losses.CLIPText("a blue two " * 9, **tiny_clip)
+    with pytest.raises(InputError, match="neither a text nor a prompt"):
+        losses.CLIPText(None, **tiny_clip)(pictures(1))
+    with pytest.raises(InputError, match="both a CLIP model and its tokenizer"):
+        losses.CLIPText("two", model=tiny_clip["model"])
+    with pytest.raises(InputError, match="No CLIP model can be loaded"):
+        losses.resolve(f"clip:two@{tmp_path / 'nowhere'}")
+
+
+def test_clip_loads_a_saved_model_with_its_own_statistics(tiny_clip: dict, tmp_path: Path) -> None:
+    from transformers import CLIPImageProcessor
+
+    tiny_clip["model"].save_pretrained(tmp_path)
+    tiny_clip["tokenizer"].save_pretrained(tmp_path)
+    CLIPImageProcessor(image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(tmp_path)
+    images = pictures(1, 16, torch.float32)
+    saved = losses.resolve(f"clip:a blue two@{tmp_path}")(images)
+    here = losses.CLIPText("a blue two", **tiny_clip, mean=[0.5] * 3, std=[0.25] * 3)(images)
+    torch.testing.assert_close(saved, here)
+
+
+# ---- spec strings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("2*brightness", 2 * 0.5),
+        ("brightness + 0.5*brightness:0", 0.5 + 0.5 * 0.25),
+        ("1e-1*brightness+1e+1*saturation:1", 0.05 + 10),
+        ("-2 * brightness", -1.0),
+        (".5*brightness + -brightness", -0.25),
+        ({"brightness": 3.0, "saturation:1": 2}, 1.5 + 2),
+    ],
+)
+def test_sums(spec: str | dict, expected: float) -> None:
+    grey = torch.full((2, 3, 32, 32), 0.5, dtype=torch.float64)
+    assert losses.resolve(spec)(grey).tolist() == pytest.approx([expected] * 2)
+
+
+def test_a_sum_tells_its_parts_and_its_spec_means_itself() -> None:
+    grey = torch.full((1, 3, 32, 32), 0.5)
+    loss = losses.resolve("2*brightness + saturation:1")
+    loss(grey)
+    assert {k: v.item() for k, v in loss.parts.items()} == pytest.approx(
+        {"brightness": 0.5, "saturation:1": 1.0}
+    )
+    again = losses.resolve(loss.spec)
+    assert again(grey).item() == loss(grey).item()
+
+
+def test_a_quoted_plus_is_text(builtin: Path) -> None:
+    loss = losses.resolve('0.5*clip:"one + two" + brightness')
+    assert loss.losses[0].text == "one + two"
+    with pytest.raises(InputError, match=r"no loss called 'two'.*must be quoted"):
+        losses.resolve("clip:one + two")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            "brightnes",
+            r"no loss called 'brightnes'\. Did you mean 'brightness'\? There are: ambigram, brightness, ",
+        ),
+        ("", "An empty term"),
+        ("brightness +", "An empty term"),
+        ('clip:"two', "is not closed"),
+        ("class", "needs a class"),
+        ("mse", "needs a target picture"),
+        ("nowhere.py:f", r"'nowhere\.py' does not exist"),
+    ],
+)
+def test_bad_specs(spec: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        losses.resolve(spec)
+
+
+def test_a_loss_of_ones_own_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def dark(images):\n    return images.flatten(1).mean(1)\n\nwords = 3\n")
+    grey = torch.full((2, 3, 4, 4), 0.5)
+    loss = losses.resolve(f"2*{file}:dark")
+    assert loss(grey).tolist() == [1.0, 1.0]
+    with pytest.raises(InputError, match="no callable 'light'; it has: dark"):
+        losses.resolve(f"{file}:light")
+    with pytest.raises(InputError, match="no callable 'words'"):
+        losses.resolve(f"{file}:words")
+    file.write_text("import nothing_of_the_kind\n")
+    with pytest.raises(InputError, match="fails on import: ModuleNotFoundError"):
+        losses.resolve(f"{file}:dark")
+
+
+def test_callables_get_the_prompts_they_ask_for() -> None:
+    images = torch.full((2, 3, 4, 4), 0.5)
+    seen: list[object] = []
+
+    def keyword(images: Tensor, *, prompts: list[str] | None = None) -> Tensor:
+        seen.append(prompts)
+        return images.mean((1, 2, 3))
+
+    def second(pictures: Tensor, texts: list[str]) -> Tensor:
+        seen.append(texts)
+        return pictures.mean((1, 2, 3))
+
+    losses.resolve(keyword)(images, "x")
+    losses.resolve(second)(images, ["x", "y"])
+    assert seen == [["x", "x"], ["x", "y"]]
+    assert (
+        losses.resolve(lambda images, power=2: images.pow(power).mean((1, 2, 3)))(images, "x").tolist()
+        == [0.25] * 2
+    )
+    with pytest.raises(InputError, match="3 prompts for 2 pictures"):
+        losses.resolve(second)(images, ["x", "y", "z"])
+    with pytest.raises(InputError, match="spec string or a callable, got int"):
+        losses.resolve(3)  # type: ignore[arg-type]
+
+
+def test_what_goes_in_and_comes_out_is_checked() -> None:
+    mean = losses.resolve(lambda images: images.mean())
+    assert mean(torch.full((1, 3, 4, 4), 0.5)).tolist() == [0.5]
+    with pytest.raises(InputError, match=r"returned a tensor of shape \(\) for 2 picture"):
+        mean(torch.zeros(2, 3, 4, 4))
+    with pytest.raises(InputError, match=r"returned float for 1 picture"):
+        losses.resolve(lambda images: 1.0)(torch.zeros(1, 3, 4, 4))
+    with pytest.raises(InputError, match=r"returned a tensor of torch\.int64"):
+        losses.resolve(lambda images: torch.ones(1, dtype=torch.int64))(torch.zeros(1, 3, 4, 4))
+    brightness = losses.resolve("brightness")
+    for wrong in (torch.zeros(3, 4, 4), torch.zeros(1, 1, 4, 4), torch.zeros(0, 3, 4, 4)):
+        with pytest.raises(InputError, match=r"shape \(N, 3, H, W\)"):
+            brightness(wrong)
+    with pytest.raises(InputError, match=r"torch\.uint8"):
+        brightness(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
+
+
+def test_two_losses_cannot_share_a_name() -> None:
+    with pytest.raises(InputError, match="Two losses are called 'brightness'"):
+
+        @losses.register("brightness")
+        class Other(base.Loss):
+            pass
