@@ -46,3 +46,332 @@ The record (``record.json``, UTF-8, no NaN: an unknown number is ``null``)
 ``figures``               {name: number or string}: the table of results to print
 ========================  ============================================================================
 """
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+from .files import locked, write_atomically
+from .pictures import side_by_side, to_pil
+
+FORMAT = "backdrift-run/1"
+PACKAGES = ("backdrift", "torch", "diffusers", "transformers", "peft", "numpy", "safetensors")
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best of a run.
+
+    Attributes:
+        images: pictures, float tensor (N, 3, H, W) meant for [0, 1], not clamped.
+        tensors: what was optimised, by name (``"noise"``, ``"prompt_embeds"``, ``"unet.conv_in.weight"``, …).
+        loss: the mean loss, without the prior.
+        iteration: the iteration it was reached in (for independent samples: the last improvement of any).
+    """
+
+    images: Tensor
+    tensors: dict[str, Tensor]
+    loss: float
+    iteration: int
+
+    @property
+    def pil(self) -> list[Any]:
+        """The pictures as PIL images, clamped to [0, 1]."""
+        return [to_pil(image) for image in self.images]
+
+
+class Run:
+    """One run's folder; see the module's docstring for its files and for the format of the record.
+
+    Attributes:
+        folder: where everything is.
+        record: the record, as in ``record.json``.
+    """
+
+    def __init__(self, folder: Path, record: dict[str, Any]) -> None:
+        self.folder, self.record = folder, record
+
+    @classmethod
+    def open(
+        cls,
+        kind: str,
+        settings: Mapping[str, Any],
+        *,
+        title: str,
+        prompt: list[str],
+        seed: int,
+        out: str | Path | None,
+        resume: bool = True,
+        unfingerprinted: tuple[str, ...] = ("memory",),
+    ) -> Run:
+        """Begin a run in ``out``, or take up the one that is there if its settings are the same.
+
+        Args:
+            settings: JSON values. Those named in ``unfingerprinted`` may differ between a run and its
+                continuation, because the result does not depend on them.
+            out: the folder; ``None`` stands for ``runs/<kind>-<first digits of the fingerprint>``.
+            resume: ``False`` refuses a folder that already holds a run.
+
+        Raises:
+            InputError: the folder holds another configuration's run, or something that is not a run.
+                Nothing in it has been touched then.
+        """
+        fixed = {"kind": kind, "prompt": prompt, "seed": seed} | dict(settings)
+        mark = fingerprint({k: v for k, v in fixed.items() if k not in unfingerprinted})
+        folder = Path(out) if out is not None else Path("runs") / f"{kind}-{mark[:10]}"
+        now = _now()
+        record: dict[str, Any] = {
+            "format": FORMAT,
+            "kind": kind,
+            "title": title,
+            "status": "running",
+            "message": "",
+            "created": now,
+            "updated": now,
+            "prompt": prompt,
+            "seed": seed,
+            "settings": dict(settings),
+            "fingerprint": mark,
+            "versions": versions(),
+            "machine": {
+                "platform": platform.platform(),
+                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+                "threads": torch.get_num_threads(),
+            },
+            **_nothing_done(),
+        }
+        if folder.exists():
+            earlier = cls._earlier(folder, record, resume)
+            if earlier is not None:
+                return earlier
+        folder.mkdir(parents=True, exist_ok=True)
+        return cls(folder, record)
+
+    @classmethod
+    def _earlier(cls, folder: Path, record: dict[str, Any], resume: bool) -> Run | None:
+        """The run in ``folder`` if it may be continued; ``None`` for an empty folder."""
+        if not folder.is_dir():
+            raise InputError(f"out={str(folder)!r} is a file; give the name of a folder.")
+        if not (folder / "record.json").exists():
+            if any(p.name != ".lock" for p in folder.iterdir()):
+                raise InputError(
+                    f"out={str(folder)!r} holds other files and no run; give a new or an empty folder."
+                )
+            return None
+        old = cls.load(folder)
+        if not resume:
+            raise InputError(f"{str(folder)!r} already holds a run and resume=False; give another folder.")
+        if old.record["fingerprint"] != record["fingerprint"]:
+            raise InputError(
+                f"{str(folder)!r} holds a run with other settings ({_difference(old.record, record)}). It was left "
+                "as it is. Give another folder, or the same settings to continue it."
+            )
+        old.record["versions"] = record["versions"]
+        return old
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Run:
+        """Read a run back, to look at.
+
+        Raises:
+            InputError: there is no readable record of a known format.
+        """
+        path = Path(folder) / "record.json"
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise InputError(f"{str(path)!r} is not a readable run record: {error}.") from error
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise InputError(f"{str(path)!r} is not a run record of the format {FORMAT!r}.")
+        return cls(Path(folder), record)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end (all its iterations, or an early stop)."""
+        return self.record["status"] in ("finished", "stopped early")
+
+    @property
+    def report(self) -> Path:
+        """The run's page, ``report.html``, drawn anew from the record."""
+        # The report's room reads records and knows nothing of runs, hence the import by name.
+        return Path(importlib.import_module("backdrift.report").write(self.folder))
+
+    @property
+    def best(self) -> Best:
+        """The best pictures and tensors so far.
+
+        Raises:
+            InputError: the run has not measured anything yet.
+        """
+        if self.record["best"] is None:
+            raise InputError(f"The run in {str(self.folder)!r} has measured nothing yet.")
+        tensors = self.tensors("best")
+        return Best(
+            images=self.tensors("best_images")["images"],
+            tensors=tensors,
+            loss=self.record["best"]["loss"],
+            iteration=self.record["best"]["iteration"],
+        )
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors saved under ``name``."""
+        from safetensors.torch import load_file
+
+        if name not in self.record["tensors"]:
+            raise InputError(f"The run has no tensors {name!r}; it has {sorted(self.record['tensors'])}.")
+        return load_file(self.folder / self.record["tensors"][name]["path"])
+
+    def clear(self) -> None:
+        """Forget the results in the record, to begin anew with the same settings."""
+        self.record |= _nothing_done() | {"status": "running", "message": ""}
+        self.save_record()
+
+    def save_record(self) -> None:
+        """Write ``record.json``."""
+        self.record["updated"] = _now()
+        text = json.dumps(_finite(self.record), ensure_ascii=False, indent=1, allow_nan=False)
+        write_atomically(self.folder / "record.json", lambda f: f.write(text.encode()))
+
+    def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write ``tensors/<name>.safetensors`` and enter it in the record."""
+        from safetensors.torch import save
+
+        flat = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        path = f"tensors/{name}.safetensors"
+        data = save(flat, metadata={"fingerprint": self.record["fingerprint"]})
+        write_atomically(self.folder / path, lambda f: f.write(data))
+        self.record["tensors"][name] = {"path": path, "shapes": {k: list(v.shape) for k, v in flat.items()}}
+
+    def save_picture(self, name: str, images: Tensor, caption: str) -> None:
+        """Write ``pictures/<name>.png`` and enter it in the record.
+
+        Args:
+            images: (3, H, W) or (N, 3, H, W) in [0, 1]; clamped. Several become one row.
+        """
+        path = f"pictures/{name.replace(' ', '-')}.png"
+        row = to_pil(side_by_side(images if images.ndim == 4 else images[None]))
+        write_atomically(self.folder / path, lambda f: row.save(f, format="PNG"))
+        self.record["pictures"][name] = {"path": path, "caption": caption}
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Write all that a restart needs, in one file so that it is never half of one iteration."""
+        content = {"state": state, "record": json.dumps(_finite(self.record))}
+        write_atomically(self.folder / "checkpoint.pt", lambda f: torch.save(content, f))
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The last checkpoint's state, or ``None``; the record goes back to that moment.
+
+        Raises:
+            InputError: the file cannot be read.
+        """
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            return None
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            record = json.loads(content["record"])
+        except Exception as error:
+            raise InputError(
+                f"{str(path)!r} cannot be read ({error}); delete the folder to start anew."
+            ) from error
+        if record["fingerprint"] != self.record["fingerprint"]:
+            raise InputError(f"{str(path)!r} belongs to another run; delete the folder to start anew.")
+        self.record = record | {"versions": self.record["versions"], "status": "running", "message": ""}
+        return content["state"]
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the folder against other processes, and write down how the work ended if it fails.
+
+        Raises:
+            InputError: another process is writing to the folder.
+        """
+        with locked(self.folder):
+            try:
+                yield
+            except BaseException as error:
+                with suppress(OSError):  # a full disk must not hide the first error
+                    self.record["status"] = (
+                        "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+                    )
+                    self.record["message"] = f"{type(error).__name__}: {error}"
+                    self.save_record()
+                raise
+
+    def finish(self, status: str = "finished", message: str = "") -> None:
+        """Write the final record and the page, and drop the checkpoint, which nothing needs any more."""
+        self.record["status"], self.record["message"] = status, message
+        self.save_record()
+        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+        _ = self.report
+
+
+def _nothing_done() -> dict[str, Any]:
+    return {
+        "iterations": [],
+        "best": None,
+        "pictures": {},
+        "tensors": {},
+        "files": {},
+        "stats": dict.fromkeys(("network_calls", "redone", "vjps", "peak_bytes", "seconds")),
+        "figures": {},
+    }
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a JSON value, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(_finite(value), sort_keys=True).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that a result depends on, as far as installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _finite(value: Any) -> Any:
+    """The same JSON value with numbers that are not finite replaced by ``null``."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    def flat(record: dict[str, Any]) -> dict[str, Any]:
+        return {k: record[k] for k in ("kind", "prompt", "seed")} | _finite(record["settings"])
+
+    a, b = flat(old), flat(new)
+    names = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and k != "memory"]
+    shown = [f"{k}: {_short(a.get(k))} there, {_short(b.get(k))} given" for k in names[:4]]
+    return "; ".join(shown) + ("; …" if len(names) > 4 else "")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,167 @@
+"""Pictures, their losses, and the gradient of these with respect to what is optimised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, MissingGradientError, NonFiniteError
+from .options import Options
+from .randomness import generator
+from .subject import Example
+from .variables import Variable
+
+#: images (n, 3, H, W) and the examples they were made from -> one value per sample (n,)
+Objective = Callable[[Tensor, Sequence[Example]], Tensor]
+
+
+@dataclass
+class Measured:
+    """Pictures (n, 3, H, W), losses (n,), both detached, and the gradient by parameter (empty: none taken)."""
+
+    images: Tensor
+    losses: Tensor
+    gradients: dict[str, Tensor]
+
+
+class Measure:
+    """Makes pictures of examples and measures them.
+
+    Args:
+        stats: where network calls, redone calls, vector–Jacobian products and the peak are added up.
+    """
+
+    def __init__(self, pipe: Any, variable: Variable, options: Options, stats: dict[str, Any]) -> None:
+        self.pipe, self.variable, self.options, self.stats = pipe, variable, options, stats
+
+    def __call__(
+        self, examples: Sequence[Example], batch: Sequence[int], objective: Objective, *, gradient: bool
+    ) -> Measured:
+        """Measure the examples with indices ``batch``, in chunks.
+
+        The gradient is that of the sum of the losses where samples are independent (so that a sample's path
+        does not depend on its company), else that of their mean.
+        """
+        size = self.options.chunk or len(batch)
+        images, losses = [], []
+        gradients: dict[str, Tensor] = {}
+        share = 1.0 if self.variable.independent else 1.0 / len(batch)
+        for start in range(0, len(batch), size):
+            part = list(batch[start : start + size])
+            chosen = [examples[j] for j in part]
+            made, tracked = self._generate(chosen, examples, part, gradient)
+            leaf = made.detach().requires_grad_(gradient)
+            check_finite(pictures=leaf)
+            # The loss has its own graph, freed before the sampler's is walked: their memory does not add up.
+            with torch.set_grad_enabled(gradient):
+                wide = leaf.float() if leaf.dtype in (torch.float16, torch.bfloat16) else leaf
+                values = check_values(objective(wide, chosen), len(part))
+            check_finite(loss=values)
+            if gradient:
+                pull = pull_on_pictures(values, leaf)
+                check_finite(**{"gradient of the loss": pull})
+                self._pull(made, pull * share, gradients)
+            self._tally(tracked.stats)
+            images.append(leaf.detach())
+            losses.append(values.detach())
+        check_finite(**{f"gradient of {name}": g for name, g in gradients.items()})
+        return Measured(torch.cat(images), torch.cat(losses), gradients)
+
+    def _generate(
+        self, chosen: Sequence[Example], examples: Sequence[Example], batch: list[int], gradient: bool
+    ) -> tuple[Tensor, Any]:
+        """The pictures (n, 3, H, W), with a graph if ``gradient``, and what ``differentiable`` counted."""
+        from ..pipelines.differentiable import differentiable
+
+        options = self.options
+        with torch.set_grad_enabled(gradient):
+            call = {**options.call, **self.variable.call(self.pipe, examples, batch)}
+            if isinstance(call.get("negative_prompt"), str):
+                call["negative_prompt"] = [call["negative_prompt"]] * len(batch)
+            call["generator"] = [generator(options.seed, "sampler", j) for j in batch]
+            train = self.variable.train if gradient else None
+            with differentiable(
+                self.pipe, memory=options.memory, train=train, clamp=options.clamp
+            ) as tracked:
+                images = self.pipe(**call, output_type="pt").images
+        for example, image in zip(chosen, images, strict=True):
+            if example.target is not None and example.target.shape != image.shape:
+                raise InputError(
+                    f"The target of {example.prompt!r} has the shape {tuple(example.target.shape)}, the picture "
+                    f"{tuple(image.shape)}; resize the target, or set height= and width=."
+                )
+        return images, tracked
+
+    def _pull(self, images: Tensor, pull: Tensor, into: dict[str, Tensor]) -> None:
+        """Add the vector–Jacobian product of ``pull`` with respect to every parameter to ``into``."""
+        names, leaves = zip(*self.variable.parameters.items(), strict=True)
+        found: Sequence[Tensor | None] = [None] * len(leaves)
+        if images.requires_grad:
+            found = torch.autograd.grad(images, leaves, pull.to(images.dtype), allow_unused=True)
+        lost = [name for name, g in zip(names, found, strict=True) if g is None]
+        if lost:
+            shown = ", ".join(lost[:3]) + (", …" if len(lost) > 3 else "")
+            raise MissingGradientError(
+                f"No gradient reaches {len(lost)} of {len(names)} tensors ({shown}): the pictures do not depend on "
+                "them. Leave them out of over=."
+            )
+        for name, g in zip(names, found, strict=True):
+            assert g is not None
+            into[name] = into[name] + g if name in into else g
+
+    def _tally(self, stats: Any) -> None:
+        for name in ("network_calls", "redone", "vjps"):
+            more = getattr(stats, name, None)
+            if more is not None:
+                self.stats[name] = (self.stats[name] or 0) + more
+        peak = getattr(stats, "peak_bytes", None)
+        if peak is not None:
+            self.stats["peak_bytes"] = max(peak, self.stats["peak_bytes"] or 0)
+
+
+def check_values(values: Any, batch: int) -> Tensor:
+    """The losses as a tensor (batch,).
+
+    Raises:
+        InputError: they are something else.
+    """
+    if isinstance(values, Tensor) and values.shape == (batch,) and values.is_floating_point():
+        return values
+    got = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+    raise InputError(
+        f"The loss must return one value per sample, a floating-point tensor of shape ({batch},); it returned {got}. "
+        "Reduce over pixels only, for instance with `.flatten(1).mean(1)`."
+    )
+
+
+def check_finite(**tensors: Tensor) -> None:
+    """Raise :class:`NonFiniteError` that names the first of ``tensors`` that holds a NaN or an infinity."""
+    for name, tensor in tensors.items():
+        bad = ~torch.isfinite(tensor.detach())
+        if bad.any():
+            rows = bad.reshape(len(bad), -1).any(1).nonzero().flatten().tolist() if bad.ndim else [0]
+            where = (
+                f" (row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:5]))})" if bad.ndim else ""
+            )
+            raise NonFiniteError(f"The {name} is NaN or infinite{where}.")
+
+
+def pull_on_pictures(values: Tensor, images: Tensor) -> Tensor:
+    """The gradient of the sum of ``values`` with respect to ``images``.
+
+    Raises:
+        InputError: ``values`` do not depend on ``images``.
+    """
+    pull = None
+    if values.requires_grad:
+        (pull,) = torch.autograd.grad(values.sum(), images, allow_unused=True)
+    if pull is None:
+        raise InputError(
+            "The loss does not depend on the pictures (or was cut off from them by detach(), no_grad(), NumPy or PIL): "
+            "there is no gradient. Compute it with torch operations on the images it is given."
+        )
+    return pull

@@ -1,0 +1,154 @@
+"""Weights and LoRA weights as things to optimise."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..run import Run
+from .subject import Example, denoiser
+from .variables import Noise, PromptEmbeds, Variable
+
+
+class Weights(Variable):
+    """Weights of the pipeline's components: a component's name, patterns such as ``"unet.*attn2*"``, or both.
+
+    They are trained in place and **put back on leaving**; the trained values are in the run's tensors.
+    """
+
+    name = "weights"
+    lr = 1e-4
+
+    def __init__(self, patterns: str | Sequence[str]) -> None:
+        super().__init__()
+        self.patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+
+    @contextmanager
+    def on(self, pipe: Any, examples: Sequence[Example]) -> Iterator[None]:
+        self.parameters = select(pipe, self.patterns)
+        self.train = list(self.parameters)
+        values = {k: p.detach().clone() for k, p in self.parameters.items()}
+        flags = {k: p.requires_grad for k, p in self.parameters.items()}
+        try:
+            for p in self.parameters.values():
+                p.requires_grad_(True)
+            yield
+        finally:
+            with torch.no_grad():
+                for k, p in self.parameters.items():
+                    p.copy_(values[k])
+                    p.requires_grad_(flags[k])
+
+    def settings(self) -> dict[str, Any]:
+        return {"over": self.patterns}
+
+
+class Lora(Weights):
+    """LoRA weights: those on the pipeline, or with ``rank`` a new adapter on its network, removed on leaving.
+
+    The trained adapter is exported in diffusers' own format, for ``pipe.load_lora_weights(folder)``.
+    """
+
+    name = "lora"
+    lr = 1e-3
+    adapter = "backdrift"
+    targets = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def __init__(self, rank: int | None = None) -> None:
+        super().__init__(["*lora_*"])
+        self.rank = rank
+
+    @contextmanager
+    def on(self, pipe: Any, examples: Sequence[Example]) -> Iterator[None]:
+        if self.rank is None:
+            with super().on(pipe, examples):
+                yield
+            return
+        from peft import LoraConfig
+
+        component, network = denoiser(pipe)
+        network.add_adapter(
+            LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=list(self.targets)),
+            adapter_name=self.adapter,
+        )
+        self.patterns = [f"{component}.*lora_*.{self.adapter}.*"]
+        try:
+            with super().on(pipe, examples):
+                yield
+        finally:
+            network.delete_adapters(self.adapter)
+
+    def export(self, pipe: Any, run: Run) -> None:
+        from peft import get_peft_model_state_dict
+
+        layers: dict[str, Any] = {}
+        for name, network in pipe.components.items():
+            if getattr(network, "peft_config", None) and any(
+                k.startswith(f"{name}.") for k in self.parameters
+            ):
+                adapter = self.adapter if self.rank is not None else next(iter(network.peft_config))
+                layers[f"{name}_lora_layers"] = get_peft_model_state_dict(network, adapter_name=adapter)
+                layers[f"{name}_lora_adapter_metadata"] = network.peft_config[adapter].to_dict()
+        pipe.save_lora_weights(str(run.folder / "lora"), **layers)
+        run.record["files"]["lora"] = {
+            "path": "lora/pytorch_lora_weights.safetensors",
+            "caption": "load with pipe.load_lora_weights(folder)",
+        }
+
+    def settings(self) -> dict[str, Any]:
+        return {"over": "lora", "rank": self.rank}
+
+
+def variable_for(over: str | Sequence[str] | Variable, rank: int | None) -> Variable:
+    """The variable that ``over`` means.
+
+    Raises:
+        InputError: ``rank`` is given for something else than a LoRA, or is not positive.
+    """
+    if rank is not None and (over != "lora" or rank < 1):
+        raise InputError(
+            f"rank={rank} makes a LoRA: it must be at least 1 and needs over='lora', got over={over!r}."
+        )
+    if isinstance(over, Variable):
+        return over
+    if over == "noise":
+        return Noise()
+    if over == "prompt_embeds":
+        return PromptEmbeds()
+    if over == "lora":
+        return Lora(rank)
+    return Weights(over)
+
+
+def select(pipe: Any, patterns: Sequence[str]) -> dict[str, Tensor]:
+    """The parameters ``component.name`` that match any of ``patterns``.
+
+    Raises:
+        InputError: a pattern matches nothing.
+    """
+    found: dict[str, Tensor] = {}
+    components = {k: m for k, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
+    for pattern in patterns:
+        if pattern in components:
+            chosen = {f"{pattern}.{k}": p for k, p in components[pattern].named_parameters()}
+        else:
+            chosen = {
+                f"{c}.{k}": p
+                for c, m in components.items()
+                for k, p in m.named_parameters()
+                if fnmatch.fnmatchcase(f"{c}.{k}", pattern)
+            }
+        if not chosen:
+            hint = " The pipeline carries no LoRA: load one, or give rank=4." if "lora" in pattern else ""
+            raise InputError(
+                f"over={pattern!r} matches no weight of the pipeline.{hint} Allowed: 'noise', 'prompt_embeds', 'lora', "
+                f"a component ({', '.join(sorted(components))}), or patterns such as 'unet.*attn2*'."
+            )
+        found |= chosen
+    return found

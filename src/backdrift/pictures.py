@@ -1,0 +1,23 @@
+"""Pictures (3, H, W) in [0, 1]: to files and from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def to_pil(image: Tensor) -> Any:
+    """A picture (3, H, W) in [0, 1], clamped and rounded, as a PIL image."""
+    from PIL import Image
+
+    levels = (image.detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
+
+
+def side_by_side(images: Tensor, gap: int = 2) -> Tensor:
+    """Pictures (N, 3, H, W) as one row (3, H, N*W + (N-1)*gap), white in between."""
+    white = images.new_ones(3, images.shape[2], gap)
+    parts = [part for image in images for part in (white, image)]
+    return torch.cat(parts[1:], dim=2)
