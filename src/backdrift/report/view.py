@@ -1,0 +1,171 @@
+"""A record as the template wants it: every number already text, every picture already embedded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from . import figures
+from .again import again
+from .pictures import embed
+from .plot import Curve, draw
+
+#: status of a record -> (words, class in the style sheet)
+STATUS = {
+    "finished": "good",
+    "stopped early": "good",
+    "running": "busy",
+    "interrupted": "busy",
+    "failed": "bad",
+}
+
+
+def view(folder: Path, record: Mapping[str, Any], *, blur_flagged: bool = True) -> dict[str, Any]:
+    """Everything the template shows of one run."""
+    iterations = record.get("iterations") or []
+    pictures = [
+        embed(folder, name, entry, blur_flagged=blur_flagged)
+        for name, entry in (record.get("pictures") or {}).items()
+    ]
+    return {
+        "kind": record.get("kind", "run"),
+        "title": record.get("title") or record.get("kind", "run"),
+        "status": record.get("status", ""),
+        "tone": STATUS.get(str(record.get("status")), "busy"),
+        "message": record.get("message") or "",
+        "when": _when(record.get("created")),
+        "prompts": [str(p) for p in record.get("prompt") or []],
+        "cards": [p for p in pictures if not p["strip"]],
+        "strips": [p for p in pictures if p["strip"]],
+        "flagged": any(p["hidden"] for p in pictures),
+        "tiles": tiles(record),
+        "plots": plots(record),
+        "figures": [(k, figures.number(v)) for k, v in (record.get("figures") or {}).items()],
+        "settings": [(k, _setting(v)) for k, v in sorted((record.get("settings") or {}).items())],
+        "files": [(str(f["path"]), str(f.get("caption", ""))) for f in (record.get("files") or {}).values()]
+        + [(str(t["path"]), _shapes(t)) for t in (record.get("tensors") or {}).values()],
+        "versions": list((record.get("versions") or {}).items()),
+        "machine": [(k, str(v)) for k, v in (record.get("machine") or {}).items()],
+        "again": again(folder, record),
+        "table": table(iterations),
+        "seed": record.get("seed"),
+    }
+
+
+def tiles(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The figures at the top: loss, iterations, time, network calls, memory; only what is known."""
+    iterations, best, stats = record.get("iterations") or [], record.get("best"), record.get("stats") or {}
+    found: list[dict[str, str]] = []
+    if best and iterations:
+        first = iterations[0].get("loss")
+        found.append(
+            {
+                "name": "loss",
+                "value": f"{figures.number(first, 3)} → {figures.number(best.get('loss'), 3)}",
+                "note": _joined(
+                    figures.change(first, best.get("loss")), f"best at iteration {best.get('iteration')}"
+                ),
+            }
+        )
+    if len(iterations) > 1:
+        each = [entry["seconds"] for entry in iterations if entry.get("seconds") is not None]
+        note = f"{figures.seconds(sorted(each)[len(each) // 2])} each" if each else ""
+        found.append(
+            {"name": "iterations", "value": figures.number(iterations[-1]["iteration"]), "note": note}
+        )
+    if stats.get("seconds") is not None:
+        found.append({"name": "time", "value": figures.seconds(stats["seconds"]), "note": ""})
+    if stats.get("network_calls") is not None:
+        redone, vjps = stats.get("redone"), stats.get("vjps")
+        note = _joined(
+            f"{figures.number(redone)} redone" if redone is not None else "",
+            f"{figures.number(vjps)} VJPs" if vjps is not None else "",
+        )
+        found.append({"name": "network calls", "value": figures.number(stats["network_calls"]), "note": note})
+    if stats.get("peak_bytes") is not None:
+        found.append(
+            {"name": "peak memory", "value": figures.size(stats["peak_bytes"]), "note": "live tensors"}
+        )
+    return found
+
+
+def plots(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The loss curve, wide and narrow (for phones), and its legend."""
+    iterations, best = record.get("iterations") or [], record.get("best")
+    curves = [Curve("loss", _points(iterations, "loss"))]
+    if held := _points(iterations, "heldout"):
+        curves.append(Curve("held-out score", held, "second"))
+    curves += _per_sample(iterations)
+    mark = None
+    if best and best.get("loss") is not None:
+        at = [
+            e["loss"] for e in iterations if e["iteration"] == best["iteration"] and e.get("loss") is not None
+        ]
+        mark = (float(best["iteration"]), float(at[0])) if at else None
+    legend = [("main", "loss" if len(curves) == 1 else "mean loss")]
+    legend += [("second", "held-out score")] if held else []
+    legend += [("faint", "each sample")] if any(c.style == "faint" for c in curves) else []
+    return {
+        "wide": draw(curves, width=760, height=280, mark=mark),
+        "narrow": draw(curves, width=350, height=230, mark=mark),
+        "legend": legend if len(legend) > 1 else [],
+    }
+
+
+def _per_sample(iterations: Sequence[Mapping[str, Any]]) -> list[Curve]:
+    """A faint line per sample, where every iteration measured the same few samples."""
+    samples = {tuple(entry.get("examples") or ()) for entry in iterations}
+    if len(samples) != 1 or not 2 <= len(next(iter(samples))) <= 24:
+        return []
+    lines = []
+    for i, sample in enumerate(next(iter(samples))):
+        points = [
+            (float(e["iteration"]), float(e["per_sample"][i]))
+            for e in iterations
+            if len(e.get("per_sample") or []) > i and e["per_sample"][i] is not None
+        ]
+        lines.append(Curve(f"sample {sample}", points, "faint"))
+    return lines
+
+
+def _points(iterations: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    return [(float(e["iteration"]), float(e[name])) for e in iterations if e.get(name) is not None]
+
+
+def table(iterations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The iterations as rows; columns that no iteration fills are left out."""
+    columns = ["iteration", "loss", "heldout", "prior", "grad_norm", "lr", "seconds"]
+    columns = [c for c in columns if any(e.get(c) is not None for e in iterations)]
+    names = {"heldout": "held-out", "grad_norm": "gradient norm", "lr": "learning rate"}
+    return {
+        "columns": [names.get(c, c) for c in columns],
+        "rows": [[figures.number(e.get(c)) for c in columns] for e in iterations],
+    }
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict | list):
+        return json.dumps(value, ensure_ascii=False)
+    return figures.number(value) if value is not None else "none"
+
+
+def _shapes(entry: Mapping[str, Any]) -> str:
+    shapes = entry.get("shapes") or {}
+    shown = [f"{name} {'×'.join(map(str, shape)) or 'scalar'}" for name, shape in list(shapes.items())[:4]]
+    return ", ".join(shown) + (f", … ({len(shapes)} tensors)" if len(shapes) > 4 else "")
+
+
+def _when(text: Any) -> str:
+    try:
+        return datetime.fromisoformat(str(text)).strftime("%-d %B %Y, %H:%M UTC")
+    except ValueError:
+        return str(text or "")
+
+
+def _joined(*parts: str) -> str:
+    return " · ".join(part for part in parts if part)
