@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
 
 def number(value: Any, digits: int = 4) -> str:
     """``digits`` significant digits; thousands in groups; ``–`` for what is not known."""

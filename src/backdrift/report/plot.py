@@ -33,7 +33,7 @@ class Axes:
     left: int = 54
     right: int = 14
     top: int = 14
-    bottom: int = 34
+    bottom: int = 38
     ticks: list[float] = field(default_factory=list)
 
     def at(self, point: Point) -> Point:
@@ -64,7 +64,8 @@ def draw(
         return ""
     axes = _axes(points, width, height)
     parts = [
-        f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)} by iteration">'
+        f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{escape(label)} by iteration">'
     ]
     parts += _grid(axes, label)
     for curve in sorted(curves, key=lambda c: ("faint", "second", "main").index(c.style)):
@@ -107,20 +108,19 @@ def _grid(axes: Axes, label: str) -> list[str]:
         y = axes.at((axes.x[0], tick))[1]
         if axes.top - 1 <= y <= bottom + 1:
             parts.append(f'<line class="grid" x1="{axes.left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            parts.append(
-                f'<text class="tick" x="{axes.left - 8}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>'
-            )
+            parts.append(_text("tick", axes.left - 8, y + 4, number(tick), "end"))
     for tick in _ticks(*axes.x, 4 if axes.width < 500 else 8, whole=True):
         if axes.x[0] <= tick <= axes.x[1]:
             x = axes.at((tick, axes.y[0]))[0]
-            parts.append(
-                f'<text class="tick" x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{tick:g}</text>'
-            )
+            parts.append(_text("tick", x, bottom + 17, f"{tick:g}"))
     middle = (axes.left + right) / 2
     scale = " (log scale)" if axes.log else ""
-    parts.append(f'<text class="name" x="{middle:.0f}" y="{axes.height - 3}" text-anchor="middle">'
-                 f"iteration · {escape(label)}{scale}</text>")  # fmt: skip
+    parts.append(_text("name", middle, axes.height - 3, f"iteration · {escape(label)}{scale}"))
     return parts
+
+
+def _text(style: str, x: float, y: float, text: str, anchor: str = "middle") -> str:
+    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text}</text>'
 
 
 def _hover(axes: Axes, point: Point, label: str) -> str:

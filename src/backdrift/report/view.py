@@ -44,7 +44,7 @@ def view(folder: Path, record: Mapping[str, Any], *, blur_flagged: bool = True) 
         "tiles": tiles(record),
         "plots": plots(record),
         "figures": [(k, figures.number(v)) for k, v in (record.get("figures") or {}).items()],
-        "settings": [(k, _setting(v)) for k, v in sorted((record.get("settings") or {}).items())],
+        "settings": sorted(settings(record.get("settings") or {})),
         "files": [(str(f["path"]), str(f.get("caption", ""))) for f in (record.get("files") or {}).values()]
         + [(str(t["path"]), _shapes(t)) for t in (record.get("tensors") or {}).values()],
         "versions": list((record.get("versions") or {}).items()),
@@ -59,36 +59,26 @@ def tiles(record: Mapping[str, Any]) -> list[dict[str, str]]:
     """The figures at the top: loss, iterations, time, network calls, memory; only what is known."""
     iterations, best, stats = record.get("iterations") or [], record.get("best"), record.get("stats") or {}
     found: list[dict[str, str]] = []
+
+    def add(name: str, value: str, *notes: str) -> None:
+        found.append({"name": name, "value": value, "note": " · ".join(note for note in notes if note)})
+
     if best and iterations:
-        first = iterations[0].get("loss")
-        found.append(
-            {
-                "name": "loss",
-                "value": f"{figures.number(first, 3)} → {figures.number(best.get('loss'), 3)}",
-                "note": _joined(
-                    figures.change(first, best.get("loss")), f"best at iteration {best.get('iteration')}"
-                ),
-            }
-        )
+        first, last = iterations[0].get("loss"), best.get("loss")
+        value = f"{figures.number(first, 3)} → {figures.number(last, 3)}"
+        add("loss", value, figures.change(first, last), f"best at iteration {best.get('iteration')}")
     if len(iterations) > 1:
-        each = [entry["seconds"] for entry in iterations if entry.get("seconds") is not None]
-        note = f"{figures.seconds(sorted(each)[len(each) // 2])} each" if each else ""
-        found.append(
-            {"name": "iterations", "value": figures.number(iterations[-1]["iteration"]), "note": note}
-        )
+        each = sorted(entry["seconds"] for entry in iterations if entry.get("seconds") is not None)
+        note = f"{figures.seconds(each[len(each) // 2])} each" if each else ""
+        add("iterations", figures.number(iterations[-1]["iteration"]), note)
     if stats.get("seconds") is not None:
-        found.append({"name": "time", "value": figures.seconds(stats["seconds"]), "note": ""})
+        add("time", figures.seconds(stats["seconds"]))
     if stats.get("network_calls") is not None:
-        redone, vjps = stats.get("redone"), stats.get("vjps")
-        note = _joined(
-            f"{figures.number(redone)} redone" if redone is not None else "",
-            f"{figures.number(vjps)} VJPs" if vjps is not None else "",
-        )
-        found.append({"name": "network calls", "value": figures.number(stats["network_calls"]), "note": note})
+        notes = [(stats.get("redone"), "redone"), (stats.get("vjps"), "VJPs")]
+        known = [f"{figures.number(count)} {what}" for count, what in notes if count is not None]
+        add("network calls", figures.number(stats["network_calls"]), *known)
     if stats.get("peak_bytes") is not None:
-        found.append(
-            {"name": "peak memory", "value": figures.size(stats["peak_bytes"]), "note": "live tensors"}
-        )
+        add("peak memory", figures.size(stats["peak_bytes"]), "live tensors")
     return found
 
 
@@ -101,10 +91,8 @@ def plots(record: Mapping[str, Any]) -> dict[str, Any]:
     curves += _per_sample(iterations)
     mark = None
     if best and best.get("loss") is not None:
-        at = [
-            e["loss"] for e in iterations if e["iteration"] == best["iteration"] and e.get("loss") is not None
-        ]
-        mark = (float(best["iteration"]), float(at[0])) if at else None
+        at = [y for x, y in curves[0].points if x == best["iteration"]]
+        mark = (float(best["iteration"]), at[0]) if at else None
     legend = [("main", "loss" if len(curves) == 1 else "mean loss")]
     legend += [("second", "held-out score")] if held else []
     legend += [("faint", "each sample")] if any(c.style == "faint" for c in curves) else []
@@ -146,12 +134,17 @@ def table(iterations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _setting(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, dict | list):
-        return json.dumps(value, ensure_ascii=False)
-    return figures.number(value) if value is not None else "none"
+def settings(nested: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """The settings as names and text; a setting within a setting is called ``outer.inner``."""
+    rows: list[tuple[str, str]] = []
+    for name, value in nested.items():
+        if isinstance(value, Mapping) and value and not prefix:
+            rows += settings(value, f"{name}.")
+        elif isinstance(value, Mapping | list):
+            rows.append((prefix + name, json.dumps(value, ensure_ascii=False)))
+        else:
+            rows.append((prefix + name, "none" if value is None else figures.number(value)))
+    return rows
 
 
 def _shapes(entry: Mapping[str, Any]) -> str:
@@ -165,7 +158,3 @@ def _when(text: Any) -> str:
         return datetime.fromisoformat(str(text)).strftime("%-d %B %Y, %H:%M UTC")
     except ValueError:
         return str(text or "")
-
-
-def _joined(*parts: str) -> str:
-    return " · ".join(part for part in parts if part)
