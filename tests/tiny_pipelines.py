@@ -1,7 +1,8 @@
-"""Tiny pipelines with seeded random weights: every part is the real class, built from its own config, offline.
+"""Tiny pipelines with seeded random weights: every part is the real class, built from its own config.
 
-All have 8x8 latents (``LATENT``) and a few tens of thousands of parameters, so that a whole run with gradients takes
-a fraction of a second on one CPU core. They make noise, not pictures: they test arithmetic, not quality.
+All have 8x8 latents (``LATENT``) and a few tens of thousands of parameters, so that a whole run with
+gradients takes a fraction of a second on one CPU core. They make noise, not pictures: they test arithmetic,
+not quality.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def tiny_ddim() -> Any:
 
 
 def tiny_safety_checker() -> Any:
-    """The stock safety checker on a tiny CLIP vision tower (its concept embeddings are ones: it flags at random)."""
+    """The stock safety checker on a tiny CLIP vision tower."""
     from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
     from transformers import CLIPConfig
 
@@ -264,7 +265,7 @@ def tiny_sd3() -> Any:
 
 @_seeded
 def tiny_flux() -> Any:
-    """A FluxPipeline without text encoders: give ``prompt_embeds`` and ``pooled_prompt_embeds`` (`embeds_for`)."""
+    """A FluxPipeline without text encoders: call it with the embeddings of :func:`embeds_for`."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
     transformer = FluxTransformer2DModel(
@@ -292,7 +293,7 @@ def tiny_flux() -> Any:
 
 
 def embeds_for(pipe: Any, *, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Prompt embeddings (and negative and pooled ones where the pipeline reads them), as keywords of its call."""
+    """Prompt embeddings, with negative and pooled ones where the pipeline reads them, as call keywords."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:

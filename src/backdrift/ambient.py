@@ -1,0 +1,91 @@
+"""The state outside a network that decides what its call computes: captured before it, put back for a redo.
+
+Autocast, random numbers, attention backends, TF32, cuDNN and determinism flags, the default dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+
+def _switches() -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
+    """The process-wide settings, as (read, write) pairs."""
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    pairs: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
+        (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
+        (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
+        (cuda.math_sdp_enabled, cuda.enable_math_sdp),
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+        (lambda: cudnn.enabled, lambda v: setattr(cudnn, "enabled", v)),
+        (lambda: cudnn.benchmark, lambda v: setattr(cudnn, "benchmark", v)),
+        (lambda: cudnn.deterministic, lambda v: setattr(cudnn, "deterministic", v)),
+        (lambda: cudnn.allow_tf32, lambda v: setattr(cudnn, "allow_tf32", v)),
+        (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+        (torch.get_default_dtype, torch.set_default_dtype),
+    ]
+    if hasattr(cuda, "cudnn_sdp_enabled"):
+        pairs.append((cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp))
+    if hasattr(torch._C, "_get_sdp_priority_order"):
+        pairs.append((torch._C._get_sdp_priority_order, torch._C._set_sdp_priority_order))
+    return pairs
+
+
+_SWITCHES = _switches()
+
+
+class Ambient:
+    """A snapshot of that state. ``leaves`` are the call's arguments: their devices, and the generators among
+    them, decide whose random state belongs to it."""
+
+    def __init__(self, leaves: Sequence[Any]) -> None:
+        devices = {x.device for x in leaves if isinstance(x, torch.Tensor) and x.device.type != "cpu"}
+        types = {"cpu", *(d.type for d in devices)}
+        self._switches = [read() for read, _ in _SWITCHES]
+        self._autocast = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types]
+        self._autocast_cache = torch.is_autocast_cache_enabled()
+        self._accelerators = [d for d in devices if d.type in ("cuda", "xpu", "mps")]
+        self._generators = [x for x in leaves if isinstance(x, torch.Generator)]
+        self._random = self._read_random()
+
+    def _read_random(self) -> list[torch.Tensor]:
+        states = [torch.get_rng_state()]
+        states += [getattr(torch, d.type).get_rng_state(*_index(d)) for d in self._accelerators]
+        return states + [g.get_state() for g in self._generators]
+
+    def _write_random(self, states: Sequence[torch.Tensor]) -> None:
+        rest = iter(states)
+        torch.set_rng_state(next(rest))
+        for device in self._accelerators:
+            getattr(torch, device.type).set_rng_state(next(rest), *_index(device))
+        for generator in self._generators:
+            generator.set_state(next(rest))
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Inside the block all is as it was at the snapshot; afterwards as it was before the block."""
+        switches, random = [read() for read, _ in _SWITCHES], self._read_random()
+        with ExitStack() as stack:
+            stack.callback(self._write_random, random)
+            stack.callback(_write_switches, self._switches, switches)
+            _write_switches(switches, self._switches)
+            self._write_random(self._random)
+            for kind, enabled, dtype in self._autocast:
+                stack.enter_context(
+                    torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=self._autocast_cache)
+                )
+            yield
+
+
+def _index(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)
+
+
+def _write_switches(now: Sequence[Any], then: Sequence[Any]) -> None:
+    # Only what differs: some setters are slow or warn.
+    for (_, write), old, new in zip(_SWITCHES, now, then, strict=True):
+        if old != new:
+            write(new)

@@ -1,0 +1,85 @@
+"""Sizes of memory: ``"6GiB"`` into bytes and back, and how much of the machine is free."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from .errors import BudgetError
+
+_UNITS = {"": 1} | {
+    prefix + end: base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for end, base in (("B", 1000), ("IB", 1024), ("", 1024))
+}
+_UNITS["B"] = 1
+_ALLOWED = '"min", "max", "auto", a number of bytes, or a size such as "6GiB", "512MiB" or "1.5GB"'
+
+
+def parse_size(memory: object) -> int:
+    """Bytes of a size: an ``int``, or a string with a unit (KiB, MiB, GiB, TiB; KB, MB, GB, TB decimal).
+
+    Raises:
+        BudgetError: not a size, or not positive.
+    """
+    if isinstance(memory, bool) or not isinstance(memory, int | str):
+        raise BudgetError(f"memory={memory!r} is not a memory plan; allowed: {_ALLOWED}")
+    if isinstance(memory, int):
+        size = memory
+    else:
+        match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", memory)
+        if match is None or match[2].upper() not in _UNITS:
+            raise BudgetError(f"memory={memory!r} is not a memory plan; allowed: {_ALLOWED}")
+        size = int(float(match[1].replace("_", "")) * _UNITS[match[2].upper()])
+    if size <= 0:
+        raise BudgetError(f"memory={memory!r} is not positive; allowed: {_ALLOWED}")
+    return size
+
+
+def format_size(nbytes: int) -> str:
+    """A size to read, with the exact bytes so that it can be given back: ``"6.0 GiB (6442450944 bytes)"``."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.1f} {unit} ({nbytes} bytes)"
+    return f"{nbytes} bytes"
+
+
+def available_bytes(device: torch.device) -> int:
+    """What ``"auto"`` may use on a device.
+
+    CUDA: 80 % of what is free on the card, with what PyTorch's allocator holds but does not use. Elsewhere:
+    half of the machine's available memory, or of what the process's control group still allows, if less.
+    The remainder is for the loss, for gradients in flight and for everybody else.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(0.8 * (free + idle))
+    return int(0.5 * min(_machine_bytes(), _group_bytes()))
+
+
+def _machine_bytes() -> int:
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    found = re.search(r"MemAvailable:\s+(\d+) kB", text)
+    return int(found[1]) * 1024 if found else 2**31
+
+
+def _group_bytes() -> int:
+    unlimited = 2**62
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        root = Path("/sys/fs/cgroup")
+        try:
+            allowed, taken = (root / limit).read_text().strip(), (root / used).read_text().strip()
+        except OSError:
+            continue
+        return unlimited if allowed == "max" else max(0, int(allowed) - int(taken))
+    return unlimited

@@ -1,0 +1,205 @@
+"""One network call on a memory plan: what autograd saved of it is held, dropped, or made by a second run.
+
+While the call runs, every tensor that autograd saves is replaced in the graph by a small `_Ticket`. The
+tensor stays on the ticket until the ledger *drops* the frame; a dropped frame's tensors come back by running
+the call again when the backward pass first asks for one. The graph itself is the one that plain autograd
+builds, node by node, which is why gradients are equal bit for bit whatever is dropped.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+
+from .ambient import Ambient
+from .errors import StateChangedError
+from .weights import Weights
+
+if TYPE_CHECKING:
+    from .memory import Ledger
+
+
+class _Enough(BaseException):
+    """Ends a redone call once its last needed tensor has been made; not for users' ``except Exception``."""
+
+
+class _Ticket:
+    """Stands for a saved tensor in the graph."""
+
+    __slots__ = ("__weakref__", "frame", "index", "shape", "tensor", "version")
+
+    frame: Frame
+    index: int
+    tensor: torch.Tensor | None
+    version: int
+    shape: torch.Size
+
+
+class Frame:
+    """One call ``fn(*args, **kwargs)``; lives as long as the graph holds a ticket of it.
+
+    Attributes:
+        serial: position among the ledger's calls.
+        nbytes: bytes of the storages that autograd saved of this call (weights and arguments left out).
+        dropped: the tensors are gone and will be made again.
+        remade: per backward pass (autograd's graph task), the tensors that a redo has made.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        role: str,
+        fn: Callable[..., Any],
+        leaves: list[Any],
+        spec: Any,
+        weights: Weights,
+    ) -> None:
+        self.ledger, self.role, self.fn, self.weights = ledger, role, fn, weights
+        self.leaves, self.spec = leaves, spec
+        self.tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        self.versions = [t._version for t in self.tensors]
+        self.flags = [t.requires_grad for t in self.tensors]
+        self.ambient = Ambient(leaves)
+        self.serial = -1
+        self.tickets: list[weakref.ref[_Ticket] | None] = []
+        self.nbytes = 0
+        self.dropped = False
+        self.remade: dict[int, list[torch.Tensor | None]] = {}
+        self._permanent = weights.storages | {t.untyped_storage()._cdata for t in self.tensors}
+        self._counted: set[int] = set()
+        self._addresses: list[StorageWeakRef] = []
+
+    def pack(self, tensor: torch.Tensor) -> _Ticket:
+        """Replace a tensor that autograd saves (the first hook)."""
+        ticket = _Ticket()
+        ticket.frame, ticket.index = self, len(self.tickets)
+        ticket.version = tensor._version
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._permanent:
+            # Weights and arguments are alive anyway: nothing to drop, count or make again.
+            ticket.tensor = tensor.detach()
+            self.tickets.append(None)
+            return ticket
+        ticket.shape = tensor.shape
+        # Detached: a saved output would otherwise hold its own graph, a cycle only the collector frees.
+        ticket.tensor = None if self.dropped else tensor.detach()
+        self.tickets.append(weakref.ref(ticket))
+        if key not in self._counted:
+            self._counted.add(key)
+            nbytes = storage.nbytes()
+            self.nbytes += nbytes
+            if self.dropped:
+                self._addresses.append(StorageWeakRef(storage))
+            self.ledger.saved(self, key, nbytes)
+        return ticket
+
+    def unpack(self, ticket: _Ticket) -> torch.Tensor:
+        """Give the tensor back to autograd (the second hook), made again if it was dropped."""
+        tensor = ticket.tensor
+        if tensor is None:
+            return self._from_redo(ticket)
+        if tensor._version != ticket.version:
+            raise StateChangedError(
+                f"a tensor of shape {tuple(tensor.shape)} that the backward pass needs was modified in place "
+                f"(version {ticket.version}, now {tensor._version}): modify a clone instead"
+            )
+        return tensor
+
+    def drop(self) -> None:
+        """Let go of all tensors; also in the middle of the call, whose later tensors are then not held."""
+        self.dropped = True
+        for ref in self.tickets:
+            ticket = ref() if ref is not None else None
+            if ticket is not None and ticket.tensor is not None:
+                if self is self.ledger.running:
+                    # The weak reference keeps the address from being reused, so that storages stay countable.
+                    self._addresses.append(StorageWeakRef(ticket.tensor.untyped_storage()))
+                ticket.tensor = None
+
+    def finish(self) -> None:
+        """The call has returned."""
+        self._addresses.clear()
+        self._counted.clear()
+
+    def alive(self) -> set[int]:
+        """The storages that tickets still hold."""
+        tickets = [ref() for ref in self.tickets if ref is not None]
+        return {t.tensor.untyped_storage()._cdata for t in tickets if t is not None and t.tensor is not None}
+
+    def _from_redo(self, ticket: _Ticket) -> torch.Tensor:
+        task = torch._C._current_graph_task_id()
+        with self.ledger.lock:
+            store = self.remade.get(task)
+            if store is None or store[ticket.index] is None:
+                store = self._redo(task)
+            tensor = store[ticket.index]
+            store[ticket.index] = None  # each is asked for once: gone as soon as autograd is done with it
+            if task == -1:  # asked for outside a backward pass: nobody will tidy up
+                self.remade.pop(task, None)
+        if tensor is None:
+            raise self._differs(f"tensor {ticket.index} of {len(self.tickets)} was not made")
+        return tensor
+
+    def _check(self) -> None:
+        self.weights.check()
+        for tensor, version, flag in zip(self.tensors, self.versions, self.flags, strict=True):
+            if tensor._version != version or tensor.requires_grad != flag:
+                change = "modified in place" if tensor._version != version else "given another requires_grad"
+                raise StateChangedError(
+                    f"an argument of shape {tuple(tensor.shape)} of a network call was {change} between the "
+                    "forward and the backward pass, so the call cannot be redone: modify a clone instead"
+                )
+
+    def _redo(self, task: int) -> list[torch.Tensor | None]:
+        self._check()
+        self.ledger.before_redo(self, task)
+        tickets = [ref() if ref is not None else None for ref in self.tickets]
+        store: list[torch.Tensor | None] = [None] * len(tickets)
+        last = max(i for i, ticket in enumerate(tickets) if ticket is not None)
+        position = 0
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal position
+            i, position = position, position + 1
+            detached = tensor.detach()
+            ticket = tickets[i]
+            if ticket is not None:
+                if tensor.shape != ticket.shape:
+                    raise self._differs(f"shape {tuple(tensor.shape)} where it was {tuple(ticket.shape)}")
+                store[i] = detached
+                if i == last:
+                    raise _Enough
+            return detached
+
+        args, kwargs = pytree.tree_unflatten(self.leaves, self.spec)
+        with (
+            self.ledger.redoing(self),
+            self.weights.restored(),
+            self.ambient.restored(),
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(pack, _same),
+        ):
+            try:
+                self.fn(*args, **kwargs)
+            except _Enough:
+                pass
+            else:
+                raise self._differs(f"{position} saved tensors where they were {len(tickets)}")
+        self.remade[task] = store
+        return store
+
+    def _differs(self, how: str) -> StateChangedError:
+        return StateChangedError(
+            f"a network call did not repeat itself in the backward pass ({how}): something that it reads "
+            'outside its arguments and weights has changed. Keep that fixed, or use memory="max"'
+        )
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor

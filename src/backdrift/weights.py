@@ -1,0 +1,151 @@
+"""Weights as a call saw them: noticed when they change before its backward pass, put back where that is safe.
+
+Plain autograd raises when a weight was edited in place between forward and backward; a recomputed call would
+use the new weight without a word. So every parameter's version, flag and address is recorded and compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import StateChangedError
+
+_ADVICE = "run the sampling call again, or call backward() before the change"
+
+
+def adapter_layers(modules: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """The adapter layers (peft's) inside ``modules``, with their names."""
+    return [
+        (".".join(part for part in (prefix, name) if part), layer)
+        for prefix, module in modules
+        for name, layer in module.named_modules()
+        if hasattr(layer, "merged_adapters")
+    ]
+
+
+def adapter_state(layers: Sequence[tuple[str, Any]]) -> list[tuple[Any, ...]]:
+    """Which adapters are active, merged or disabled in ``layers``, and their scales."""
+    return [
+        (
+            name,
+            tuple(layer.active_adapters),
+            tuple(layer.merged_adapters),
+            bool(layer.disable_adapters),
+            tuple(sorted(getattr(layer, "scaling", {}).items())),
+        )
+        for name, layer in layers
+    ]
+
+
+class Weights:
+    """The parameters, buffers, modes and adapters of ``modules`` at one moment.
+
+    Args:
+        modules: name and module; the name leads every message.
+        owned: True for modules that belong to the run alone (shadows). Conversions of their weights (a
+            decoder upcast for its call) are then undone for the redo; on a user's module they raise.
+    """
+
+    def __init__(self, modules: Sequence[tuple[str, nn.Module]], *, owned: bool = False) -> None:
+        self.modules = list(modules)
+        self.owned = owned
+        self.names: list[str] = []
+        self.tensors: list[torch.Tensor] = []
+        self.holders: list[nn.Module] = []
+        buffers: list[torch.Tensor] = []
+        for prefix, module in self.modules:
+            for name, child in module.named_modules():
+                self.holders.append(child)
+                dotted = ".".join(part for part in (prefix, name) if part)
+                for leaf, tensor in child._parameters.items():
+                    if tensor is not None:
+                        self.names.append(f"{dotted}.{leaf}" if dotted else leaf)
+                        self.tensors.append(tensor)
+                buffers += [b for b in child._buffers.values() if b is not None]
+        self.checked = len(
+            self.tensors
+        )  # buffers follow: put back, but not compared (BatchNorm edits its own)
+        self.tensors += buffers
+        self.versions = [t._version for t in self.tensors[: self.checked]]
+        self.flags = [t.requires_grad for t in self.tensors]
+        self.data = [t.data for t in self.tensors]
+        self.addresses = [t.data_ptr() for t in self.data]
+        self.training = [m.training for m in self.holders]
+        self.layers = adapter_layers(self.modules)
+        self.adapters = adapter_state(self.layers)
+        self.storages = frozenset(t.untyped_storage()._cdata for t in self.data)
+        self.trained_bytes = sum(t.nbytes for t in self.tensors if t.requires_grad and t.is_leaf)
+
+    def unchanged(self) -> bool:
+        """Whether a new snapshot would be equal to this one (weights, flags, modes, addresses, adapters)."""
+        return (
+            self.versions == [t._version for t in self.tensors[: self.checked]]
+            and self.addresses == [t.data_ptr() for t in self.tensors]
+            and self.flags == [t.requires_grad for t in self.tensors]
+            and self.training == [m.training for m in self.holders]
+            and (not self.layers or self.adapters == adapter_state(self.layers))
+        )
+
+    def check(self) -> None:
+        """Raise if a backward pass now would not see the weights that the call saw.
+
+        Raises:
+            StateChangedError: naming the first parameter that was edited, replaced, frozen or unfrozen, or
+                the first layer whose adapters were switched, scaled or merged.
+        """
+        for i, name in enumerate(self.names):
+            tensor = self.tensors[i]
+            if tensor._version != self.versions[i]:
+                raise StateChangedError(
+                    f"{name} was modified in place between the forward and the backward pass "
+                    f"(version {self.versions[i]}, now {tensor._version}), so its gradient is lost: {_ADVICE}"
+                )
+            if tensor.requires_grad != self.flags[i]:
+                raise StateChangedError(
+                    f"{name} had requires_grad={self.flags[i]} in the forward pass and has "
+                    f"{tensor.requires_grad} now (disabling adapters also does this): {_ADVICE}"
+                )
+            if not self.owned and tensor.data_ptr() != self.addresses[i]:
+                raise StateChangedError(
+                    f"{name} was replaced or converted (.to, .half, .data =) between the forward and the "
+                    f"backward pass: {_ADVICE}"
+                )
+        self.check_adapters()
+
+    def check_adapters(self) -> None:
+        """The part of :meth:`check` that looks at adapters, layers added or removed since included."""
+        if self.owned:
+            return
+        now = adapter_state(adapter_layers(self.modules))
+        if now == self.adapters:
+            return
+        pairs = zip(self.adapters, now, strict=False)
+        first = next((then[0] for then, later in pairs if then != later), "layers were added or removed")
+        raise StateChangedError(
+            f"adapters changed between the forward and the backward pass (first: {first}): {_ADVICE}"
+        )
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Inside the block modules are in the modes, and owned ones hold the weights, of the snapshot."""
+        modes = [m.training for m in self.holders]
+        moved: list[tuple[torch.Tensor, torch.Tensor]] = []
+        try:
+            for module, mode in zip(self.holders, self.training, strict=True):
+                module.training = mode
+            if self.owned:
+                for tensor, data, address in zip(self.tensors, self.data, self.addresses, strict=True):
+                    if tensor.data_ptr() != address:
+                        moved.append((tensor, tensor.data))
+                        tensor.data = data
+            yield
+        finally:
+            for tensor, data in moved:
+                tensor.data = data
+            for module, mode in zip(self.holders, modes, strict=True):
+                module.training = mode
