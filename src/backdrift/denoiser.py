@@ -1,0 +1,205 @@
+"""A network together with what is needed to read it: schedule, prediction, guidance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import nests
+from .errors import InputError
+from .predictions import check_prediction, conversion
+from .schedules import Schedule
+
+Network = Callable[[Tensor, Tensor, Any], Any]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One network call of an evaluation: its conditioning, and whether it holds both halves of a guided batch.
+
+    ``cond`` is built once per run, so that a tensor in it (two embeddings in one batch, say) is one node of
+    the graph however many calls use it.
+    """
+
+    cond: Any
+    paired: bool
+
+
+class Denoiser:
+    """A network read as eps(x, t, cond), x0(x, t, cond), or whatever a form of the ODE asks for.
+
+    Classifier-free guidance (Ho & Salimans 2022) is ``uncond + guidance_scale * (cond - uncond)``; it is the
+    same in eps, x0, v and u, so it is applied to the network's own output. Both halves go through the
+    network in one call where their conditioning can share a batch (same nest, same shapes but for the first
+    dimension), in two calls otherwise.
+
+    Args:
+        network: ``network(x, t, cond)`` -> tensor of x's shape (or an object with it as ``.sample``, or a tuple
+            with it first). x (B, …); t (B,), float64 beside a float64 state and float32 otherwise, never
+            rounded; cond as given.
+        schedule: the forward process.
+        prediction: what the network returns: ``"epsilon"``, ``"sample"``, ``"v_prediction"`` or
+            ``"flow_prediction"``.
+        guidance_scale: 1 (no guidance) or any finite number; needs ``uncond`` unless 1.
+        uncond: the conditioning without a prompt, a nest like ``cond`` (None is a value like any other
+            where ``cond`` is given).
+        time_scale: the network is given ``time_scale * t`` (1000 for Stable Diffusion 3's flow times).
+        dtype: the network's arithmetic; its first floating parameter's if None. A state of more precision is
+            cast on entry and the output cast back, so the state never loses digits to the network's dtype.
+
+    Attributes:
+        nfe: network calls made so far through this object (redone calls of a backward pass not counted).
+
+    Raises:
+        InputError: an argument has an impossible value.
+    """
+
+    def __init__(
+        self,
+        network: Network | nn.Module,
+        schedule: Schedule,
+        prediction: str = "epsilon",
+        *,
+        guidance_scale: float = 1.0,
+        uncond: Any = None,
+        time_scale: float = 1.0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not callable(network):
+            raise InputError(f"network must be callable as network(x, t, cond); got {type(network).__name__}")
+        if not isinstance(schedule, Schedule):
+            raise InputError(f"schedule must be a Schedule such as VP.linear(); got {schedule!r}")
+        for name, value in (("guidance_scale", guidance_scale), ("time_scale", time_scale)):
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise InputError(f"{name} must be a finite number; got {value!r}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise InputError(f"dtype must be a floating dtype; got {dtype}")
+        self.network = network
+        self.schedule = schedule
+        self.prediction = check_prediction(prediction)
+        self.guidance_scale = float(guidance_scale)
+        self.uncond = uncond
+        self.time_scale = float(time_scale)
+        self.dtype = dtype
+        self.nfe = 0
+
+    def __repr__(self) -> str:
+        name = getattr(self.network, "__name__", type(self.network).__name__)
+        return f"Denoiser({name}, {self.schedule!r}, {self.prediction!r}, guidance_scale={self.guidance_scale:g})"
+
+    def branches(self, cond: Any, batch: int) -> tuple[Branch, ...]:
+        """The network calls of one evaluation: one, or two where guidance cannot be batched (uncond first)."""
+        if self.guidance_scale == 1:
+            return (Branch(cond, False),)
+        if cond is None and self.uncond is None:
+            raise InputError(
+                f"guidance_scale = {self.guidance_scale:g} needs two conditionings to tell apart, but cond and "
+                "uncond are both None: pass uncond= to Denoiser and cond= here, or set guidance_scale=1"
+            )
+        together, both = nests.concatenate(self.uncond, cond, batch)
+        if together and nests.tensors(both):
+            return (Branch(both, True),)
+        return (Branch(self.uncond, False), Branch(cond, False))
+
+    def run(self, x: Tensor, t: float, cond: Any, paired: bool) -> Tensor:
+        """One network call, with guidance inside where ``paired``; a pure function of its tensors.
+
+        Args:
+            x: state (B, …).
+            t: the schedule's time, a Python float.
+            cond: the branch's conditioning.
+            paired: whether ``cond`` holds (uncond, cond) as one batch of 2B.
+
+        Returns:
+            The network's output in its own prediction, of x's shape and dtype.
+        """
+        times_dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+        rows = len(x) * (2 if paired else 1)
+        times = torch.full((rows,), t * self.time_scale, dtype=times_dtype, device=x.device)
+        inputs = x.to(self._network_dtype(x))
+        kind = x.device.type
+        # Autocast's cache of cast weights outlives a call: one made without grad would be found by a redone
+        # call and cut its weights off. Within a call nothing is lost by not caching.
+        with torch.autocast(
+            kind,
+            dtype=torch.get_autocast_dtype(kind),
+            enabled=torch.is_autocast_enabled(kind),
+            cache_enabled=False,
+        ):
+            out = self._tensor(self.network(torch.cat([inputs, inputs]) if paired else inputs, times, cond))
+        out = out.to(x.dtype)
+        if out.shape != (rows, *x.shape[1:]):
+            raise InputError(
+                f"the network returned shape {tuple(out.shape)} for an input of shape {(rows, *x.shape[1:])}; a "
+                "prediction has the input's shape (split off a learned variance in a wrapper)"
+            )
+        return self._guide(*out.chunk(2)) if paired else out
+
+    def combine(self, outputs: list[Tensor]) -> Tensor:
+        """The guided output of the branches' outputs."""
+        return outputs[0] if len(outputs) == 1 else self._guide(*outputs)
+
+    def output(self, x: Tensor, t: float, cond: Any = None) -> Tensor:
+        """The network's guided output in its own prediction, at the schedule's time ``t``."""
+        t = self.check_time(t)
+        outputs = []
+        for branch in self.branches(cond, len(x)):
+            self.nfe += 1
+            outputs.append(self.run(x, t, branch.cond, branch.paired))
+        return self.combine(outputs)
+
+    def __call__(self, x: Tensor, t: float, cond: Any = None) -> Tensor:
+        """eps(x, t, cond): the guided noise prediction, of x's shape."""
+        return self._read("epsilon", x, t, cond)
+
+    def denoised(self, x: Tensor, t: float, cond: Any = None) -> Tensor:
+        """x0(x, t, cond): the guided prediction of the clean sample, of x's shape."""
+        return self._read("sample", x, t, cond)
+
+    def check_time(self, t: float) -> float:
+        """``t``, if the network may be asked there.
+
+        Raises:
+            InputError: outside the schedule's range, or at a clean end beyond the trained times.
+        """
+        self.schedule.times(t)
+        if t == self.schedule.t_clean and t < self.schedule.t_min:
+            raise InputError(
+                f"a solver asked the network at t = {t:g}, the clean end, where {self.schedule!r} has no trained "
+                "time: end the grid at t = 0, or use a solver that does not evaluate the last node"
+            )
+        return float(t)
+
+    def _read(self, target: str, x: Tensor, t: float, cond: Any) -> Tensor:
+        alpha, sigma = float(self.schedule.alpha(t)), float(self.schedule.sigma(t))
+        on_x, on_output = conversion(self.prediction, target, alpha, sigma, t)
+        out = self.output(x, t, cond)
+        return out if on_x == 0 and on_output == 1 else on_x * x + on_output * out
+
+    def _guide(self, uncond: Tensor, cond: Tensor) -> Tensor:
+        return uncond + self.guidance_scale * (cond - uncond)
+
+    def _network_dtype(self, x: Tensor) -> torch.dtype:
+        if self.dtype is not None:
+            return self.dtype
+        if isinstance(self.network, nn.Module):
+            for parameter in self.network.parameters():
+                if parameter.is_floating_point() and parameter.itemsize >= 2:
+                    return parameter.dtype
+        return x.dtype
+
+    @staticmethod
+    def _tensor(out: Any) -> Tensor:
+        if isinstance(out, Tensor):
+            return out
+        found = getattr(out, "sample", None)
+        if found is None and isinstance(out, tuple | list) and out:
+            found = out[0]
+        if not isinstance(found, Tensor):
+            raise InputError(f"the network must return a tensor (or .sample, or a tuple); got {type(out).__name__}")
+        return found

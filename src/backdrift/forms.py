@@ -1,0 +1,138 @@
+"""The probability-flow ODE in its three forms: dY/ds = drift, Y = x / scale, s a clock.
+
+| form | clock s | scale | drift | singular |
+|---|---|---|---|---|
+| ``"original"`` | t | 1 | alpha' x0 + sigma' eps = f x + g²/(2 sigma) eps | where alpha' or sigma' is infinite |
+| ``"exponential"`` | rho = sigma/alpha | alpha | eps (AdjointDPM) | where alpha = 0 |
+| ``"data"`` | omega = alpha/sigma | sigma | x0 (SAG's type 2) | where sigma = 0 |
+
+For rectified flow the original form is dx/dt = u. Euler's method on the exponential, the data and the
+rectified-flow form is DDIM. Each drift is ``on_x * x + on_output * output`` with two float64 numbers.
+
+At a singular end a form steps aside for one interval: :meth:`Form.aside` gives a form that is regular there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .errors import InputError
+from .predictions import conversion
+from .schedules import Flow, Schedule
+
+Call = Callable[[Tensor, float], Tensor]
+
+FORMS = ("original", "exponential", "data")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A point in time: ``t``, and the form's clock ``s`` there."""
+
+    t: float
+    s: float
+
+
+class Form:
+    """One form of the ODE for one model.
+
+    Args:
+        name: one of :data:`FORMS`.
+        schedule: the forward process.
+        prediction: what ``call`` returns.
+        call: ``call(x, t)`` -> the network's output (guidance included), of x's shape.
+
+    Raises:
+        InputError: an unknown name.
+    """
+
+    def __init__(self, name: str, schedule: Schedule, prediction: str, call: Call) -> None:
+        if name not in FORMS:
+            raise InputError(f"form must be one of {', '.join(FORMS)}; got {name!r}")
+        self.name, self.schedule, self.prediction, self.call = name, schedule, prediction, call
+
+    def node(self, t: float) -> Node:
+        """The point at time ``t``."""
+        if self.name == "original":
+            return Node(t, t)
+        rho = float(self.schedule.rho(t))
+        if self.name == "exponential":
+            return Node(t, rho)
+        return Node(t, math.inf if rho == 0 else 1 / rho)
+
+    def between(self, s: float) -> Node:
+        """The point where the clock shows ``s``."""
+        if self.name == "original":
+            return Node(s, s)
+        if self.name == "exponential":
+            return Node(float(self.schedule.t_from_rho(s)), s)
+        return Node(float(self.schedule.t_from_rho(math.inf if s == 0 else 1 / s)), s)
+
+    def scale(self, t: float) -> float:
+        """x = scale * Y."""
+        if self.name == "original":
+            return 1.0
+        return float(self.schedule.alpha(t) if self.name == "exponential" else self.schedule.sigma(t))
+
+    def drift(self, x: Tensor, t: float) -> Tensor:
+        """dY/ds at the state ``x`` (not Y) and time ``t``: one evaluation of the model.
+
+        Raises:
+            InputError: the drift is infinite there, or the prediction does not determine it.
+        """
+        on_x, on_output = self.coefficients(t)
+        out = self.call(x, t)
+        if on_output != 1:
+            out = on_output * out
+        return out if on_x == 0 else out.add(x, alpha=on_x)
+
+    def coefficients(self, t: float) -> tuple[float, float]:
+        """The numbers (on_x, on_output) of the drift at ``t``."""
+        alpha, sigma = float(self.schedule.alpha(t)), float(self.schedule.sigma(t))
+        if self.name != "original":
+            target = "epsilon" if self.name == "exponential" else "sample"
+            return conversion(self.prediction, target, alpha, sigma, t)
+        if isinstance(self.schedule, Flow):
+            return conversion(self.prediction, "flow_prediction", alpha, sigma, t)
+        da, ds = float(self.schedule.dalpha(t)), float(self.schedule.dsigma(t))
+        if not (math.isfinite(da) and math.isfinite(ds)):
+            raise InputError(
+                f"the original form is infinite at t = {t:g} on {self.schedule!r} (sigma' = {ds:g}): end the grid "
+                "before it, or use form='exponential'"
+            )
+        ex, eo = conversion(self.prediction, "epsilon", alpha, sigma, t)
+        if da == 0:
+            return ds * ex, ds * eo
+        sx, so = conversion(self.prediction, "sample", alpha, sigma, t)
+        return da * sx + ds * ex, da * so + ds * eo
+
+    def regular(self, t: float) -> bool:
+        """Whether the clock and the scale are finite and not 0 at ``t``."""
+        return self.scale(t) != 0 and math.isfinite(self.node(t).s)
+
+    def aside(self, start: float, end: float) -> Form:
+        """The form to use on the interval from ``start`` to ``end``: itself, or one that is regular there.
+
+        Where alpha(start) = 0 that is the original form of rectified flow, and the data form otherwise; where
+        sigma(end) = 0 it is the original form of rectified flow, and the exponential form otherwise.
+
+        Raises:
+            InputError: no form is regular on the whole interval, or the network's prediction does not
+                determine that form's drift at ``start``.
+        """
+        if self.regular(start) and self.regular(end):
+            return self
+        names = ["original"] if isinstance(self.schedule, Flow) else ["data", "exponential"]
+        for name in names:
+            other = Form(name, self.schedule, self.prediction, self.call)
+            if other.regular(start) and other.regular(end):
+                other.coefficients(start)  # raises where the prediction is blind
+                return other
+        raise InputError(
+            f"alpha({start:g}) = 0 and sigma({end:g}) = 0 on {self.schedule!r}: one interval cannot hold both "
+            "ends; use at least 2 steps"
+        )
