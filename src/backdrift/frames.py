@@ -24,10 +24,6 @@ if TYPE_CHECKING:
     from .memory import Ledger
 
 
-class _Enough(BaseException):
-    """Ends a redone call once its last needed tensor has been made; not for users' ``except Exception``."""
-
-
 class _Ticket:
     """Stands for a saved tensor in the graph."""
 
@@ -143,7 +139,7 @@ class Frame:
             if task == -1:  # asked for outside a backward pass: nobody will tidy up
                 self.remade.pop(task, None)
         if tensor is None:
-            raise self._differs(f"tensor {ticket.index} of {len(self.tickets)} was not made")
+            raise self._differs(f"saved tensor {ticket.index} was not made")
         return tensor
 
     def _check(self) -> None:
@@ -161,20 +157,17 @@ class Frame:
         self.ledger.before_redo(self, task)
         tickets = [ref() if ref is not None else None for ref in self.tickets]
         store: list[torch.Tensor | None] = [None] * len(tickets)
-        last = max(i for i, ticket in enumerate(tickets) if ticket is not None)
         position = 0
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             nonlocal position
             i, position = position, position + 1
             detached = tensor.detach()
-            ticket = tickets[i]
+            ticket = tickets[i] if i < len(tickets) else None
             if ticket is not None:
                 if tensor.shape != ticket.shape:
                     raise self._differs(f"shape {tuple(tensor.shape)} where it was {tuple(ticket.shape)}")
                 store[i] = detached
-                if i == last:
-                    raise _Enough
             return detached
 
         args, kwargs = pytree.tree_unflatten(self.leaves, self.spec)
@@ -185,12 +178,11 @@ class Frame:
             torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(pack, _same),
         ):
-            try:
-                self.fn(*args, **kwargs)
-            except _Enough:
-                pass
-            else:
-                raise self._differs(f"{position} saved tensors where they were {len(tickets)}")
+            # To its end, past the last tensor that is needed: networks put back what they change only there
+            # (diffusers rescales LoRA layers for the length of a call).
+            self.fn(*args, **kwargs)
+        if position != len(tickets):
+            raise self._differs(f"{position} saved tensors where there were {len(tickets)}")
         self.remade[task] = store
         return store
 

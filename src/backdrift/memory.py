@@ -29,7 +29,7 @@ from .stats import RunStats
 from .weights import Weights
 
 __all__ = ["Ledger", "MemoryPlan"]
-Role = Literal["network", "decoder"]
+Role = Literal["network", "decoder", "other"]
 _T = TypeVar("_T")
 
 # Bytes beside the saved tensors while a call runs or is differentiated (gradients in flight, temporaries), in
@@ -68,8 +68,10 @@ class MemoryPlan:
 class _Watch:
     """Notices a backward pass arriving at a call: counts it, and checks that the weights are as they were."""
 
-    def __init__(self, ledger: Ledger, role: Role, weights: Weights) -> None:
-        self.ledger, self.role, self.weights = ledger, role, weights
+    def __init__(
+        self, ledger: Ledger, role: Role, weights: Weights, check: Callable[[], None] | None = None
+    ) -> None:
+        self.ledger, self.role, self.weights, self.check = ledger, role, weights, check
         self.serial = -1
         self.seen: set[int] = set()
 
@@ -78,6 +80,8 @@ class _Watch:
         if task not in self.seen:
             self.seen.add(task)
             self.weights.check()
+            if self.check is not None:
+                self.check()
             self.ledger.arrived(task, self.role, self.serial)
 
 
@@ -94,7 +98,6 @@ class Ledger:
         stats: counts are added here; a new :class:`RunStats` by default.
         defer: when the budget is too small for a call, finish the run without gradients, measuring the rest,
             and raise in :meth:`finish`. Otherwise raise at the end of that call.
-        on_arrival: called once per backward pass, when it comes to its first call (for further checks).
 
     Raises:
         BudgetError: ``memory`` is not a memory plan.
@@ -110,14 +113,13 @@ class Ledger:
         *,
         stats: RunStats | None = None,
         defer: bool = False,
-        on_arrival: Callable[[], None] | None = None,
     ) -> None:
         self.plan = MemoryPlan.parse(memory)
         self.budget = self.plan.budget
         self.stats = stats if stats is not None else RunStats()
         self.lock = threading.RLock()
         self.running: Frame | None = None
-        self._defer, self._on_arrival = defer, on_arrival
+        self._defer = defer
         self._holdings = Holdings()
         self._short = False  # the budget was too small for a call
         self._biggest_call = self._biggest_tensor = 0
@@ -135,6 +137,7 @@ class Ledger:
         modules: Sequence[tuple[str, nn.Module]] = (),
         owned: bool = False,
         role: Role = "network",
+        check: Callable[[], None] | None = None,
         **kwargs: Any,
     ) -> _T:
         """Run ``fn(*args, **kwargs)`` as one call of the plan. A call within a call is part of it.
@@ -145,7 +148,8 @@ class Ledger:
             modules: (name, module) of the networks in ``fn``: weights that are not counted, and are compared
                 in the backward pass.
             owned: the modules belong to this run alone (see :class:`~backdrift.weights.Weights`).
-            role: ``"network"`` or ``"decoder"``: where it is counted.
+            role: ``"network"`` or ``"decoder"``: where it is counted; ``"other"`` is not.
+            check: called when a backward pass comes to this call, after its weights were compared.
 
         Raises:
             BudgetError: the budget is too small for this call; names the smallest that works for it.
@@ -155,11 +159,11 @@ class Ledger:
             return fn(*args, **kwargs)
         if role == "network":
             self.stats.calls_forward += 1
-        else:
+        elif role == "decoder":
             self.stats.decodes += 1
         leaves, spec = pytree.tree_flatten((args, kwargs))
         weights = self._weights(modules, owned)
-        watch = _Watch(self, role, weights)
+        watch = _Watch(self, role, weights, check)
         kind = _kind(fn, modules, leaves)
         with self._entered():
             if self._short and kind in self._measured:
@@ -191,8 +195,9 @@ class Ledger:
         self._short = False
         scope = "" if self._defer else " for the calls made so far"
         raise BudgetError(
-            f"memory={format_size(self.budget or 0)} is too small for one call and its gradients; the smallest "
-            f'budget that works{scope} is {format_size(needed)}. memory="min" holds as little as possible'
+            f"memory={format_size(self.budget or 0)} is too small for one call and its gradients; the "
+            f"smallest budget that works{scope} is {format_size(needed)}. "
+            'memory="min" holds as little as possible'
         )
 
     def _call_held(self, frame: Frame, args: Any, kwargs: Any) -> Any:
@@ -267,7 +272,7 @@ class Ledger:
         """Around the second run of a call: counts and times it."""
         if frame.role == "network":
             self.stats.calls_redone += 1
-        else:
+        elif frame.role == "decoder":
             self.stats.decodes_redone += 1
         start = time.perf_counter()
         with self._entered():
@@ -285,8 +290,6 @@ class Ledger:
                 return
             self._started[task] = time.perf_counter()
         torch.autograd.Variable._execution_engine.queue_callback(lambda: self._ended(task))
-        if self._on_arrival is not None:
-            self._on_arrival()
 
     def _ended(self, task: int) -> None:
         with self.lock:

@@ -6,6 +6,7 @@ use the new weight without a word. So every parameter's version, flag and addres
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -36,10 +37,22 @@ def adapter_state(layers: Sequence[tuple[str, Any]]) -> list[tuple[Any, ...]]:
             tuple(layer.active_adapters),
             tuple(layer.merged_adapters),
             bool(layer.disable_adapters),
-            tuple(sorted(getattr(layer, "scaling", {}).items())),
+            # Rounded: diffusers multiplies and divides scales around each call, which costs the last digit.
+            tuple(sorted((k, float(f"{v:.9g}")) for k, v in getattr(layer, "scaling", {}).items())),
         )
         for name, layer in layers
     ]
+
+
+def _switches(layer: nn.Module) -> dict[str, Any]:
+    # What turns an adapter on and sets its strength, as the layer itself holds it.
+    kept = ("scaling", "_active_adapter", "_disable_adapters")
+    return {key: copy.copy(layer.__dict__[key]) for key in kept if key in layer.__dict__}
+
+
+def _set_switches(layers: Sequence[tuple[str, nn.Module]], values: Sequence[dict[str, Any]]) -> None:
+    for (_, layer), switches in zip(layers, values, strict=True):
+        layer.__dict__.update({key: copy.copy(value) for key, value in switches.items()})
 
 
 class Weights:
@@ -78,6 +91,7 @@ class Weights:
         self.training = [m.training for m in self.holders]
         self.layers = adapter_layers(self.modules)
         self.adapters = adapter_state(self.layers)
+        self.switches = [_switches(layer) for _, layer in self.layers]
         self.storages = frozenset(t.untyped_storage()._cdata for t in self.data)
         self.trained_bytes = sum(t.nbytes for t in self.tensors if t.requires_grad and t.is_leaf)
 
@@ -88,7 +102,7 @@ class Weights:
             and self.addresses == [t.data_ptr() for t in self.tensors]
             and self.flags == [t.requires_grad for t in self.tensors]
             and self.training == [m.training for m in self.holders]
-            and (not self.layers or self.adapters == adapter_state(self.layers))
+            and self.switches == [_switches(layer) for _, layer in self.layers]
         )
 
     def check(self) -> None:
@@ -132,12 +146,14 @@ class Weights:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Inside the block modules are in the modes, and owned ones hold the weights, of the snapshot."""
+        """Inside the block modes, adapter switches and scales, and owned modules' weights are the snapshot's."""
         modes = [m.training for m in self.holders]
+        switches = [_switches(layer) for _, layer in self.layers]
         moved: list[tuple[torch.Tensor, torch.Tensor]] = []
         try:
             for module, mode in zip(self.holders, self.training, strict=True):
                 module.training = mode
+            _set_switches(self.layers, self.switches)
             if self.owned:
                 for tensor, data, address in zip(self.tensors, self.data, self.addresses, strict=True):
                     if tensor.data_ptr() != address:
@@ -147,5 +163,6 @@ class Weights:
         finally:
             for tensor, data in moved:
                 tensor.data = data
+            _set_switches(self.layers, switches)
             for module, mode in zip(self.holders, modes, strict=True):
                 module.training = mode
