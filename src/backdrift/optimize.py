@@ -39,6 +39,7 @@ def optimize(
     heldout: Any = None,
     heldout_prompts: Sequence[str] | None = None,
     patience: int | None = None,
+    enough: float | None = None,
     minibatch: int | None = None,
     chunk: int | None = None,
     memory: str | int = "auto",
@@ -73,6 +74,7 @@ def optimize(
         heldout: a loss that is not optimised, lower is better; decides what is best and when to stop.
         heldout_prompts: further prompts, with noise of their own, on which ``heldout`` (default ``loss``) is measured.
         patience: stop after so many iterations without improvement.
+        enough: stop when the score (of every sample, where they are independent) is at most this.
         minibatch: examples per iteration (not for the noise); default all.
         chunk: examples per call of the pipeline; the gradients are added up.
         memory: the plan of ``differentiable``; it does not change the result.
@@ -112,7 +114,7 @@ def optimize(
     call = sampler_call(pipe, height, width, num_inference_steps, guidance_scale, pipeline_kwargs)
     options = Options(
         steps=steps, seed=seed, optimizer=optimizer, optimizer_kwargs=optimizer_kwargs, lr=lr, lr_schedule=lr_schedule,
-        clip_grad=clip_grad, noise_prior=noise_prior, patience=patience, minibatch=minibatch, chunk=chunk,
+        clip_grad=clip_grad, noise_prior=noise_prior, patience=patience, enough=enough, minibatch=minibatch, chunk=chunk,
         memory=memory, clamp=clamp, checkpoint_every=checkpoint_every, call=call,
     )  # fmt: skip
     settings = options.settings(variable) | {

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class Descent:
             pictures of the iteration.
         callback: called after each update as ``callback(run, entry)``.
         progress: show a bar.
+        figures: further rows of the record's table.
     """
 
     def __init__(
@@ -52,17 +54,21 @@ class Descent:
         heldout_examples: Sequence[Example] | None = None,
         callback: Callable[[Run, dict[str, Any]], Any] | None = None,
         progress: bool = True,
+        figures: dict[str, Any] | None = None,
     ) -> None:
         self.pipe, self.variable, self.examples, self.objective = pipe, variable, list(examples), objective
         self.options, self.run, self.callback, self.progress = options, run, callback, progress
         self.heldout, self.heldout_examples = heldout, heldout_examples
+        self.figures = figures or {}
         self.best = BestSoFar()
 
     def go(self) -> Run:
         """Descend to the end, from the last checkpoint if there is one; a finished run is returned as it is."""
         if self.run.finished:
             return self.run
-        with self.run.writing(), self.variable.on(self.pipe, self.examples):
+        with self.run.writing(), ExitStack() as stack:
+            with seeded(self.options.seed, "start"):  # a new LoRA is drawn at random
+                stack.enter_context(self.variable.on(self.pipe, self.examples))
             start = self._begin()
             reason = ""
             with progress_bar(self.options.steps, self.progress) as show:
@@ -126,14 +132,23 @@ class Descent:
         if i == 0:
             self._before(found.images)
         scores = self._judge(i, batch, found, prior)
-        stop = self.options.patience is not None and self.best.stale >= self.options.patience
-        if not stop and not last:
+        reason = self._reason()
+        if not reason and not last:
             self._update(found.gradients, scores)
         entry = self.run.record["iterations"][-1]
         entry["seconds"] = time.perf_counter() - began
         stats = self.run.record["stats"]
         stats["seconds"] = (stats["seconds"] or 0.0) + entry["seconds"]
-        return f"no improvement in {self.best.stale} iterations" if stop else ""
+        return reason
+
+    def _reason(self) -> str:
+        """Why to stop early, or ``""``."""
+        patience, enough = self.options.patience, self.options.enough
+        if enough is not None and bool((self.best.scores <= enough).all()):
+            return f"the score reached {enough}"
+        if patience is not None and self.best.stale >= patience:
+            return f"no improvement in {self.best.stale} iterations"
+        return ""
 
     def _enter(self, i: int, batch: list[int], found: Measured, prior: Tensor | None) -> None:
         """The iteration's line in the record."""
@@ -251,7 +266,7 @@ class Descent:
             self.best.images, self.best.losses = found.images, found.losses.mean().reshape(1)
             self.run.record["best"]["loss"] = self.best.loss
         self._save_best()
-        self.run.record["figures"] |= {
+        self.run.record["figures"] |= self.figures | {
             "loss before": self.run.record["iterations"][0]["loss"],
             "best loss": self.best.loss,
             "best iteration": self.best.iteration,

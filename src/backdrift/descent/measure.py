@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, MissingGradientError, NonFiniteError
+from ..stats import RunStats
 from .options import Options
 from .randomness import generator
 from .subject import Example
@@ -113,14 +114,11 @@ class Measure:
             assert g is not None
             into[name] = into[name] + g if name in into else g
 
-    def _tally(self, stats: Any) -> None:
-        for name in ("network_calls", "redone", "vjps"):
-            more = getattr(stats, name, None)
-            if more is not None:
-                self.stats[name] = (self.stats[name] or 0) + more
-        peak = getattr(stats, "peak_bytes", None)
-        if peak is not None:
-            self.stats["peak_bytes"] = max(peak, self.stats["peak_bytes"] or 0)
+    def _tally(self, stats: RunStats) -> None:
+        more = {"network_calls": stats.network_calls, "redone": stats.calls_redone, "vjps": stats.vjps}
+        for name, count in more.items():
+            self.stats[name] = (self.stats[name] or 0) + count
+        self.stats["peak_bytes"] = max(stats.peak_bytes, self.stats["peak_bytes"] or 0)
 
 
 def check_values(values: Any, batch: int) -> Tensor:

@@ -24,6 +24,7 @@ class Options:
     clip_grad: float | None = None
     noise_prior: float = 0.0
     patience: int | None = None
+    enough: float | None = None
     minibatch: int | None = None
     chunk: int | None = None
     memory: str | int = "auto"
@@ -47,7 +48,17 @@ class Options:
 
     def settings(self, variable: Variable) -> dict[str, Any]:
         """The options as they will be used, for the record."""
-        names = ("steps", "clip_grad", "noise_prior", "patience", "minibatch", "chunk", "memory", "clamp")
+        names = (
+            "steps",
+            "clip_grad",
+            "noise_prior",
+            "patience",
+            "enough",
+            "minibatch",
+            "chunk",
+            "memory",
+            "clamp",
+        )
         return {
             **variable.settings(),
             **{name: getattr(self, name) for name in names},

@@ -38,11 +38,15 @@ def picture_size(pipe: Any, height: int | None, width: int | None) -> tuple[int,
     """
     _, network = denoiser(pipe)
     scale = int(getattr(pipe, "vae_scale_factor", 8))
-    own = network.config.sample_size
+    own = getattr(network.config, "sample_size", None) or getattr(pipe, "default_sample_size", 64)
     default = (own, own) if isinstance(own, int) else tuple(own)
     patch = getattr(network.config, "patch_size", 1) or 1
     # Stable Diffusion asks for multiples of 8 whatever its decoder's factor.
-    unit = scale * int(patch) if hasattr(pipe, "transformer") else max(scale, 8)
+    unit = (
+        scale * (2 if hasattr(pipe, "_pack_latents") else int(patch))
+        if hasattr(pipe, "transformer")
+        else max(scale, 8)
+    )
     sides = [default[0] * scale if height is None else height, default[1] * scale if width is None else width]
     for name, side in zip(("height", "width"), sides, strict=True):
         if not isinstance(side, int) or side < unit or side % unit:

@@ -126,10 +126,9 @@ class PromptEmbeds(Variable):
 
 def gaussian_prior(noise: Tensor) -> Tensor:
     """The penalty of :class:`Noise` for each row of ``noise`` (N, …): shape (N,), 0 at its best."""
-    r = noise.flatten(1).norm(dim=1)
     d = noise[0].numel()
-    best = (d - 1) / 2 - (d - 1) / 2 * math.log(d - 1)
-    return r.square() / 2 - (d - 1) * r.log() - best
+    excess = noise.flatten(1).square().sum(1) / (d - 1) - 1  # r^2/(d-1) - 1: no large numbers to cancel
+    return (d - 1) / 2 * (excess - excess.log1p())
 
 
 def total_norm(gradients: dict[str, Tensor]) -> float:
