@@ -51,6 +51,12 @@ class Ambient:
         self._generators = [x for x in leaves if isinstance(x, torch.Generator)]
         self._random = self._read_random()
 
+    def same_as(self, other: Ambient) -> bool:
+        """Whether two snapshots are equal, so that one can stand for both."""
+        mine = (self._switches, self._autocast, self._autocast_cache, self._accelerators, len(self._random))
+        theirs = (other._switches, other._autocast, other._autocast_cache, other._accelerators, len(other._random))
+        return mine == theirs and all(map(torch.equal, self._random, other._random))
+
     def _read_random(self) -> list[torch.Tensor]:
         states = [torch.get_rng_state()]
         states += [getattr(torch, d.type).get_rng_state(*_index(d)) for d in self._accelerators]

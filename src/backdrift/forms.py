@@ -44,13 +44,14 @@ class Form:
         name: one of :data:`FORMS`.
         schedule: the forward process.
         prediction: what ``call`` returns.
-        call: ``call(x, t)`` -> the network's output (guidance included), of x's shape.
+        call: ``call(x, t)`` -> the network's output (guidance included), of x's shape. A form without one can
+            be planned with, not stepped on.
 
     Raises:
         InputError: an unknown name.
     """
 
-    def __init__(self, name: str, schedule: Schedule, prediction: str, call: Call) -> None:
+    def __init__(self, name: str, schedule: Schedule, prediction: str, call: Call | None = None) -> None:
         if name not in FORMS:
             raise InputError(f"form must be one of {', '.join(FORMS)}; got {name!r}")
         self.name, self.schedule, self.prediction, self.call = name, schedule, prediction, call
@@ -84,6 +85,8 @@ class Form:
         Raises:
             InputError: the drift is infinite there, or the prediction does not determine it.
         """
+        if self.call is None:
+            raise InputError(f"this {self.name} form has no model to evaluate: give it call=")
         on_x, on_output = self.coefficients(t)
         out = self.call(x, t)
         if on_output != 1:

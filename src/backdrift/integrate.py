@@ -7,19 +7,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .errors import InputError
-from .forms import Call, Form
+from .forms import FORMS, Call, Form
 from .schedules import Schedule
 from .solvers import Solver
 
 
 @dataclass(frozen=True)
 class Interval:
-    """One step: from time ``start`` to ``end`` on ``form``; ``aside`` where that is not the run's own form."""
+    """One step: from time ``start`` to ``end`` on the form of that name; ``aside`` where it is not the run's own."""
 
     start: float
     end: float
-    form: Form
+    form: str
     aside: bool
 
 
@@ -38,15 +37,14 @@ class Plan:
     """
 
     def __init__(self, solver: Solver, form: str, schedule: Schedule, prediction: str, times: Sequence[float]) -> None:
-        self.solver, self.times = solver, list(times)
-        self._call: Call | None = None
-        own = Form(form, schedule, prediction, self._evaluate)
+        self.solver, self.schedule, self.prediction, self.times = solver, schedule, prediction, list(times)
+        own = Form(form, schedule, prediction)
         solver.check_form(form)
         self.intervals: list[Interval] = []
         for start, end in zip(self.times[:-1], self.times[1:], strict=True):
             used = own.aside(start, end)
-            self.intervals.append(Interval(start, end, used, used is not own))
-        self.intervals[0].form.coefficients(self.times[0])
+            used.coefficients(start)
+            self.intervals.append(Interval(start, end, used.name, used is not own))
 
     @property
     def evaluations(self) -> int:
@@ -64,15 +62,10 @@ class Plan:
             x: state at the first node.
             call: ``call(x, t)`` -> the network's output, of x's shape.
         """
-        self._call = call
+        forms = {name: Form(name, self.schedule, self.prediction, call) for name in FORMS}
         run, aside = self.solver.begin(), self.solver.aside.begin()
         for interval in self.intervals:
-            form = interval.form
+            form = forms[interval.form]
             stepper = aside if interval.aside else run
             x = stepper.step(form, x, form.node(interval.start), form.node(interval.end))
             yield x
-
-    def _evaluate(self, x: Tensor, t: float) -> Tensor:
-        if self._call is None:
-            raise InputError("a plan evaluates the model only while states() runs")
-        return self._call(x, t)

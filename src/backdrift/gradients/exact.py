@@ -1,0 +1,256 @@
+"""Exact gradients of the discretised run: every network call is either kept or redone, by a memory plan."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import nests
+from ..ambient import Ambient
+from ..budget import available_bytes, format_size
+from ..denoiser import Branch, Denoiser
+from ..errors import BudgetError, MissingGradientError, StateChangedError
+from ..forms import Call
+from ..memory import MemoryPlan
+from ..stats import RunStats
+from ..weights import Weights
+from .base import GradientMethod
+from .reach import describe, modules_of, reach, sequence_number
+from .replay import Chain, Replay, Trace, measuring
+
+# Beside what calls hold, gradients in flight while one is differentiated, in largest saved tensors.
+_IN_FLIGHT = 4
+
+
+class Exact(GradientMethod):
+    """The gradient of the run as it was computed: bit for bit plain autograd's on a CPU in eval mode.
+
+    Gradients reach ``x_T``, the conditioning, the network's weights, any latent of the trajectory, and any leaf
+    tensor that the network uses. What is not asked for (weights without requires_grad, or left out of
+    ``torch.autograd.grad``'s inputs) costs nothing.
+
+    Args:
+        memory: ``"min"``: one call's activations at a time; the last call's are kept, all others are
+            redone. ``"max"``: all are kept. Bytes or a size such as ``"6GiB"``: those of the last k calls are kept, k as
+            large as fits beside the run's latents, gradients in flight and the gradients of the weights.
+            ``"auto"``: a budget from the memory that is free when the run begins.
+
+    Raises:
+        BudgetError: ``memory`` is not a memory plan (and, when a run begins, if it is too small for one call).
+
+    In the backward pass :class:`~backdrift.errors.StateChangedError` is raised where the redone call would not be
+    the first one: a weight, the conditioning, an adapter, a requires_grad flag or a module's train/eval mode has
+    changed. Second derivatives are refused (:class:`~backdrift.errors.UnsupportedError`).
+    """
+
+    def __init__(self, memory: MemoryPlan | str | int = "auto") -> None:
+        self.plan = MemoryPlan.parse(memory)
+
+    def __repr__(self) -> str:
+        return f"Exact(memory={self.plan.budget if self.plan.mode == 'bytes' else self.plan.mode!r})"
+
+    def begin(self, model: Denoiser, x: Tensor, cond: Any, evaluations: int, stats: RunStats) -> Call:
+        return _Run(model, x, cond, evaluations, self.plan, stats)
+
+
+class _Context:
+    """What a redone call needs to know of its run. Holds no node of the run's graph, so nothing is tied in a cycle."""
+
+    def __init__(self, model: Denoiser, branches: tuple[Branch, ...]) -> None:
+        self.model, self.branches = model, branches
+        conds = {id(t): t for branch in branches for t in nests.tensors(branch.cond)}
+        self.conds = list(conds.values())
+        self.cond_versions = [t._version for t in self.conds]
+        self.trained_conds = [t for t in self.conds if t.requires_grad]
+        self.modules = modules_of(model.network)
+        self.weights = Weights(self.modules)
+        trained = [p for _, m in self.modules for p in m.parameters() if p.requires_grad]
+        self.leaves = list({id(t): t for t in trained}.values())
+        self.loose: list[tuple[Tensor, int]] = []  # leaves the network uses that are in none of its modules
+        self.thread = threading.get_ident()
+
+    @property
+    def shared(self) -> list[Tensor]:
+        return self.trained_conds + self.leaves
+
+    def snapshot(self) -> Weights:
+        if not self.weights.unchanged():
+            self.weights = Weights(self.modules)
+        return self.weights
+
+    def trace(self, x: Tensor, branch: Branch, t: float) -> Trace:
+        """The network call with a graph of its own: leaves in place of x and of the conditioning."""
+        stand_ins = {id(c): c.detach().requires_grad_() for c in self.trained_conds}
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_(x.requires_grad)
+            cond = nests.transform(lambda c: stand_ins.get(id(c), c), branch.cond)
+            out = self.model.run(leaf, t, cond, branch.paired)
+        return Trace(out, leaf, [*stand_ins.values(), *self.leaves])
+
+    def adopt(self, trace: Trace, floor: int) -> None:
+        """See to it that nothing the first call reaches is left without a gradient.
+
+        Raises:
+            MissingGradientError: the network uses a tensor that was computed with gradients outside of it, or
+                returns an output that was cut off from the graph.
+        """
+        network = self.model.network
+        if not trace.out.requires_grad and (trace.x.requires_grad or self.shared):
+            raise MissingGradientError(
+                "the network's output has no graph although its input, conditioning or weights require grad: it runs "
+                "under no_grad or detaches. Take that out of the network, or sample under torch.no_grad()"
+            )
+        found, outside = reach(trace.out, floor)
+        if outside:
+            raise MissingGradientError(
+                f"the network uses {describe(network, outside[0])} which would get no gradient: hand it in through "
+                "cond, detach it, or use gradient=Plain()"
+            )
+        known = {id(trace.x), *map(id, trace.leaves)}
+        fresh = [leaf for leaf in found if id(leaf) not in known]
+        self.leaves += fresh
+        trace.leaves += fresh
+        self.loose = [(leaf, leaf._version) for leaf in fresh]
+
+    def check_reach(self, trace: Trace, floor: int) -> None:
+        """Raise if a redone call uses a tensor that requires grad and that the first call did not use."""
+        here = floor if threading.get_ident() == self.thread else None
+        found, outside = reach(trace.out, here)
+        known = {id(trace.x), *map(id, trace.leaves)}
+        missed = outside or [leaf for leaf in found if id(leaf) not in known]
+        if missed:
+            raise MissingGradientError(
+                f"the network uses {describe(self.model.network, missed[0])} which it did not use in the run's first "
+                "call, so it would get no gradient: hand it in through cond, detach it, or use gradient=Plain()"
+            )
+
+    def check_unchanged(self, weights: Weights) -> None:
+        """Raise if a redone call would see other tensors, flags, modes or adapters than the first one."""
+        weights.check()
+        weights.check_adapters()
+        for holder, mode in zip(weights.holders, weights.training, strict=True):
+            if holder.training != mode:
+                names = (n for _, m in self.modules for n, child in m.named_modules() if child is holder)
+                where = next(names, "") or type(holder).__name__
+                raise StateChangedError(
+                    f"module {where!r} was in {'train' if mode else 'eval'} mode in the forward pass and is in "
+                    f"{'train' if holder.training else 'eval'} mode now: change modes after backward()"
+                )
+        watched = [*zip(self.conds, self.cond_versions, strict=True), *self.loose]
+        for i, (tensor, version) in enumerate(watched):
+            if tensor._version != version:
+                name = f"cond tensor {i}" if i < len(self.conds) else describe(self.model.network, tensor)
+                raise StateChangedError(
+                    f"{name} of shape {tuple(tensor.shape)} was modified in place between the forward and the backward "
+                    "pass: run the sampling call again, or call backward() before the change"
+                )
+
+
+class _NetworkCall:
+    """One network call of a run, as it was made the first time."""
+
+    def __init__(self, context: _Context, branch: Branch, t: float, ambient: Ambient, keep: bool) -> None:
+        self.context, self.branch, self.t, self.ambient, self.keep = context, branch, t, ambient, keep
+        self.weights = context.snapshot()
+        self.kept: Trace | None = None
+
+    def first(self, x: Tensor) -> Tensor:
+        if self.kept is not None:  # the run's first call was traced to see what it reaches
+            out = self.kept.out.detach()
+            self.kept = self.kept if self.keep else None
+            return out
+        if not self.keep:
+            return self.context.model.run(x, self.t, self.branch.cond, self.branch.paired)
+        self.kept = self.context.trace(x, self.branch, self.t)
+        return self.kept.out.detach()
+
+    def again(self, x: Tensor) -> Trace:
+        self.context.check_unchanged(self.weights)
+        with self.ambient.restored(), torch.enable_grad():
+            floor = sequence_number()
+            trace = self.context.trace(x, self.branch, self.t)
+        self.context.check_reach(trace, floor)
+        return trace
+
+
+class _Run:
+    """The evaluations of one run. Owns the token, which leads to the whole graph; no call refers back to it."""
+
+    def __init__(
+        self, model: Denoiser, x: Tensor, cond: Any, evaluations: int, plan: MemoryPlan, stats: RunStats
+    ) -> None:
+        self.model, self.plan, self.stats = model, plan, stats
+        self.context = _Context(model, model.branches(cond, len(x)))
+        self.total = evaluations * len(self.context.branches)
+        self.chain: Chain | None = None
+        self.token: Tensor | None = None
+        self.made = 0
+        self.keep = 1
+        self.ambient: Ambient | None = None
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        t = self.model.check_time(t)
+        return self.model.combine([self._call(x, t, branch) for branch in self.context.branches])
+
+    def _call(self, x: Tensor, t: float, branch: Branch) -> Tensor:
+        index, self.made = self.made, self.made + 1
+        self.model.nfe += 1
+        self.stats.calls_forward += 1
+        if not torch.is_grad_enabled():
+            return self.model.run(x, t, branch.cond, branch.paired)
+        ambient = self._surroundings(x, branch)
+        chain, traced = (self.chain, None) if self.chain is not None else self._open(x, t, branch)
+        if not x.requires_grad and self.token is None:
+            return self._without_graph(x, t, branch, traced)
+        call = _NetworkCall(self.context, branch, t, ambient, index >= self.total - self.keep)
+        call.kept = traced
+        self.stats.calls_kept += call.keep
+        if self.token is None:
+            return Replay.apply(chain, call, x, None)
+        out, self.token = Replay.apply(chain, call, x, self.token)
+        return out
+
+    def _without_graph(self, x: Tensor, t: float, branch: Branch, traced: Trace | None) -> Tensor:
+        with torch.no_grad():
+            return traced.out.detach() if traced else self.model.run(x, t, branch.cond, branch.paired)
+
+    def _open(self, x: Tensor, t: float, branch: Branch) -> tuple[Chain, Trace]:
+        """Make the first call with a graph: see what it reaches and holds, settle the plan, begin the chain."""
+        context, saved = self.context, dict[int, int]()
+        exists = {x.untyped_storage()._cdata, *(c.untyped_storage()._cdata for c in context.conds)}
+        floor = sequence_number()
+        with measuring(context.weights.storages | exists, saved):
+            trace = context.trace(x, branch, t)
+        context.adopt(trace, floor)
+        self.keep = self._settle(sum(saved.values()), max(saved.values(), default=0), x)
+        chain = self.chain = Chain(context.shared, self.stats)
+        self.token = chain.head()
+        return chain, trace
+
+    def _settle(self, per_call: int, largest: int, x: Tensor) -> int:
+        """How many of the last calls are kept."""
+        keep = self.total if self.plan.mode == "max" else 1
+        if self.plan.mode in ("bytes", "auto"):
+            budget = self.plan.budget or available_bytes(x.device)
+            gradients = sum(t.nbytes for t in self.context.leaves)
+            fixed = self.total * x.nbytes + _IN_FLIGHT * largest + gradients
+            keep = min(self.total, (budget - fixed) // max(per_call, 1))
+            if keep < 1 and self.plan.mode == "bytes":
+                raise BudgetError(
+                    f"memory={format_size(budget)} is too small: one network call holds {format_size(per_call)}, the "
+                    f"run's {self.total} latents and the gradients in flight {format_size(fixed)}; the smallest budget "
+                    f'that works is {format_size(per_call + fixed)}. memory="min" holds as little as possible'
+                )
+            keep = max(keep, 1)
+        self.stats.peak_bytes = max(self.stats.peak_bytes, keep * per_call + self.total * x.nbytes)
+        return keep
+
+    def _surroundings(self, x: Tensor, branch: Branch) -> Ambient:
+        # Calls made in the same surroundings share one snapshot: it holds 5 kB of random state.
+        now = Ambient([x, *nests.tensors(branch.cond)])
+        if self.ambient is None or not self.ambient.same_as(now):
+            self.ambient = now
+        return self.ambient
