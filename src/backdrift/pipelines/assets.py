@@ -1,0 +1,55 @@
+"""The assets that ship inside the package: two pipelines, a CLIP, a classifier, and their cards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import InputError
+from .classifier import SceneClassifier
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPTokenizer
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+PIPELINES = {"sd": "StableDiffusionPipeline, ε-prediction", "flow": "StableDiffusion3Pipeline, flow matching"}
+
+
+def folder(name: str) -> Path:
+    """The folder of a shipped asset: "sd", "flow", "clip" or "classifier".
+
+    Raises:
+        InputError: if there is no such asset, or the installation lacks its files.
+    """
+    path = ASSETS / name
+    if not path.is_dir():
+        there = sorted(p.name for p in ASSETS.iterdir() if p.is_dir()) if ASSETS.is_dir() else []
+        raise InputError(f"no built-in asset {name!r}; this installation has: {', '.join(there) or 'none'}")
+    return path
+
+
+def load_clip() -> tuple[CLIPModel, CLIPTokenizer]:
+    """The shipped CLIP (pictures of 64×64, mean and deviation 0.5) and its tokenizer, in float32, frozen."""
+    from transformers import CLIPModel, CLIPTokenizer
+
+    path = folder("clip")
+    clip = CLIPModel.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
+    return clip, CLIPTokenizer.from_pretrained(path)
+
+
+def load_classifier() -> SceneClassifier:
+    """The shipped classifier of digit, colour and background, in float32, frozen."""
+    from safetensors.torch import load_file
+
+    path = folder("classifier")
+    net = SceneClassifier(**json.loads((path / "config.json").read_text()))
+    net.load_state_dict({k: v.float() for k, v in load_file(path / "model.safetensors").items()})
+    return net.eval().requires_grad_(False)
+
+
+def card(name: str) -> str:
+    """The card of a shipped asset: data, licence, parameters, training time, measured quality, command."""
+    return (folder(name) / "README.md").read_text()

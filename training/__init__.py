@@ -1,0 +1,1 @@
+"""How the built-in weights were made: ``python -m training all`` rebuilds every asset from a seed."""

@@ -1,0 +1,110 @@
+"""The one training loop: resumable after a kill, the same result from the same seed, averaged weights."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+WORK = Path(os.environ.get("BACKDRIFT_TRAINING", ".training"))
+
+
+def device() -> torch.device:
+    """The accelerator where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def save_atomically(state: object, path: Path) -> None:
+    """Write beside the target, then rename: a kill never leaves half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    part.replace(path)
+
+
+def train(
+    name: str,
+    module: nn.Module,
+    loss: Callable[[np.random.Generator, torch.Generator], Tensor],
+    *,
+    steps: int,
+    lr: float,
+    seed: int = 0,
+    ema: float = 0.0,
+    weight_decay: float = 0.01,
+    warmup: int = 100,
+    save_every: int = 200,
+    minutes: float = math.inf,
+) -> nn.Module:
+    """Minimise ``loss(rng, generator)`` over the parameters of ``module``; return it with averaged weights.
+
+    Every step draws from generators seeded by (seed, step), so a resumed run sees the same batches. The
+    learning rate rises over ``warmup`` steps and falls by a cosine to a hundredth. ``minutes`` bounds one
+    sitting: the loop saves and raises ``TimeoutError``, and the same call goes on from there.
+    """
+    where = device()
+    module.to(where).train()
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
+    mean = {k: v.detach().clone() for k, v in module.state_dict().items()}
+    path, first, spent = WORK / f"{name}.pt", 0, 0.0
+    if path.exists():
+        state = torch.load(path, weights_only=True, map_location=where)
+        module.load_state_dict(state["module"])
+        optimizer.load_state_dict(state["optimizer"])
+        mean, first, spent = state["mean"], state["step"], state["seconds"]
+    began, running = time.monotonic(), math.nan
+
+    def save(step: int) -> None:
+        seconds = spent + time.monotonic() - began
+        state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "mean": mean}
+        save_atomically({**state, "step": step, "seconds": seconds}, path)
+
+    for step in range(first, steps):
+        rate = min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * rate
+        rng = np.random.default_rng((seed, step))
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        with torch.autocast(where.type, torch.bfloat16):
+            value = loss(rng, generator)
+        if not torch.isfinite(value):
+            raise ArithmeticError(f"{name}: the loss is {value.item()} at step {step}")
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        keep = min(ema, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for key, current in module.state_dict().items():
+                if current.is_floating_point():
+                    mean[key].lerp_(current, 1 - keep)
+                else:
+                    mean[key].copy_(current)
+        running = value.item() if math.isnan(running) else 0.98 * running + 0.02 * value.item()
+        if (step + 1) % 100 == 0:
+            pace = (time.monotonic() - began) / (step + 1 - first)
+            print(
+                f"{name} {step + 1}/{steps} loss {running:.4f}, {pace * (steps - step - 1) / 60:.1f} min left",
+                flush=True,
+            )
+        if (step + 1) % save_every == 0:
+            save(step + 1)
+        if time.monotonic() - began > 60 * minutes:
+            save(step + 1)
+            raise TimeoutError(
+                f"{name}: stopped at step {step + 1} after {minutes} minutes; the same command goes on"
+            )
+    save(steps)
+    module.load_state_dict(mean)
+    return module.eval()
+
+
+def seconds_spent(name: str) -> float:
+    """Seconds that the training of ``name`` took so far, over all its sittings."""
+    return float(torch.load(WORK / f"{name}.pt", weights_only=True, map_location="cpu")["seconds"])

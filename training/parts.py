@@ -1,0 +1,71 @@
+"""Every part of the built-in assets, in the order in which they need each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .loop import WORK, save_atomically
+
+
+def _keep(name: str, module: nn.Module, **more: object) -> None:
+    state = {k: v.detach().cpu() for k, v in module.state_dict().items()}
+    save_atomically({"module": state, **more}, WORK / f"{name}-done.pt")
+
+
+def _vae() -> None:
+    from .vae import psnr, train_vae
+
+    vae = train_vae()
+    _keep("vae", vae, scaling_factor=vae.config.scaling_factor)
+    print(
+        f"PSNR on flat backgrounds {psnr(vae, flat=True):.2f} dB, on photographs {psnr(vae, flat=False):.2f} dB"
+    )
+
+
+def _text() -> None:
+    from .clip import train_text
+
+    _keep("text", train_text())
+
+
+def _vision() -> None:
+    from .clip import build, build_tokenizer, retrieval, train_vision
+
+    clip = build(build_tokenizer())
+    clip.load_state_dict(torch.load(WORK / "text-done.pt", weights_only=True)["module"])
+    clip = train_vision(clip)
+    _keep("clip", clip)
+    print(f"right caption among 100: {retrieval(clip):.3f}")
+
+
+def _classifier() -> None:
+    from .classifier import measure, train_classifier
+
+    net = train_classifier()
+    _keep("classifier", net)
+    print(measure(net))
+
+
+def _unet() -> None:
+    from .unet import train_unet
+
+    _keep("unet", train_unet())
+
+
+def _flow() -> None:
+    from .flow import train_flow
+
+    _keep("flow", train_flow())
+
+
+PARTS: dict[str, Callable[[], None]] = {
+    "vae": _vae,
+    "text": _text,
+    "vision": _vision,
+    "classifier": _classifier,
+    "unet": _unet,
+    "flow": _flow,
+}
