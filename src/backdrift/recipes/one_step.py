@@ -65,6 +65,7 @@ def guide_one_step(
         ddim = DDIM(pipe, prompts, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
         x, fresh = noise.to(ddim.positive), generator(seed, "time travel")
         for i in range(len(ddim)):
+            following = x
             guided = how.start <= i / len(ddim) < how.stop
             for k in range(how.repeats if guided else 1):
                 if k:
@@ -94,20 +95,24 @@ def search(
     Returns:
         The picture (1, 3, H, W), and {``loss``, ``tries``, ``seconds``, ``draw``, the best try's settings}.
     """
-    began, best, found = time.perf_counter(), None, {}
-    for tries, (draw, how) in enumerate(_tries(), start=1):
+    began = time.perf_counter()
+    best: Tensor | None = None
+    found: dict[str, Any] = {"tries": 0}
+    for draw, how in _tries():
         image = guide_one_step(
             pipe, [prompt], noises(draw), loss, how, num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale, seed=draw,
         )  # fmt: skip
         with torch.no_grad():
             value = loss(image).item()
+        found["tries"] += 1
         if best is None or value < found["loss"]:
-            best, found = image, {"loss": value, "draw": draw, **asdict(how)}
+            best = image
+            found |= {"loss": value, "draw": draw, **asdict(how)}
         if time.perf_counter() - began >= seconds:
             break
-    assert best is not None
-    return best, {**found, "tries": tries, "seconds": time.perf_counter() - began}
+    assert best is not None  # the tries never end by themselves
+    return best, found | {"seconds": time.perf_counter() - began}
 
 
 def _tries() -> Iterator[tuple[int, OneStep]]:
