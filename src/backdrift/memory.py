@@ -126,6 +126,7 @@ class Ledger:
         self._measured: dict[Any, int] = {}
         self._measuring: list[Any] = []  # what a run with a larger budget would hold as arguments
         self._snapshots: dict[tuple[int, ...], Weights] = {}
+        self._trained: dict[int, int] = {}  # bytes of the gradients to come, per weight
         self._inside = threading.local()
         self._started: dict[int, float] = {}
         self._remade: dict[int, list[weakref.ref[Frame]]] = {}
@@ -181,6 +182,13 @@ class Ledger:
                 leaf.register_hook(watch)
         self._note()
         return out
+
+    def begin(self) -> None:
+        """A new sampling run on this ledger, on other modules: forget what was noted of the last one's."""
+        self._snapshots.clear()
+        self._measured.clear()
+        self._measuring.clear()
+        self._short = False
 
     def finish(self) -> None:
         """Raise what ``defer`` put off.
@@ -303,8 +311,7 @@ class Ledger:
         return self.budget is None or self._holdings.live + more + self._reserve() <= self.budget
 
     def _reserve(self) -> int:
-        trained = sum(w.trained_bytes for w in self._snapshots.values())
-        return _IN_FLIGHT * self._biggest_tensor + trained
+        return _IN_FLIGHT * self._biggest_tensor + sum(self._trained.values())
 
     def _note(self) -> None:
         with self.lock:
@@ -320,6 +327,7 @@ class Ledger:
         snapshot = self._snapshots.get(key)
         if snapshot is None or not snapshot.unchanged():
             snapshot = self._snapshots[key] = Weights(modules, owned=owned)
+            self._trained |= {id(t): t.nbytes for t in snapshot.tensors if t.requires_grad and t.is_leaf}
         return snapshot
 
     @contextmanager

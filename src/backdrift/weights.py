@@ -29,8 +29,30 @@ def adapter_layers(modules: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, 
     ]
 
 
-def adapter_state(layers: Sequence[tuple[str, Any]]) -> list[tuple[Any, ...]]:
-    """Which adapters are active, merged or disabled in ``layers``, and their scales."""
+class Adapters:
+    """Which adapters (peft's) of ``modules`` are active, merged or disabled, and their scales, at one moment."""
+
+    def __init__(self, modules: Sequence[tuple[str, nn.Module]]) -> None:
+        self.modules = list(modules)
+        self.layers = adapter_layers(self.modules)
+        self.state = _adapter_state(self.layers)
+
+    def check(self) -> None:
+        """Raise if an adapter was added, removed, switched, scaled or merged since.
+
+        Raises:
+            StateChangedError: naming the first layer that changed.
+        """
+        now = _adapter_state(adapter_layers(self.modules))
+        if now != self.state:
+            pairs = zip(self.state, now, strict=False)
+            first = next((then[0] for then, later in pairs if then != later), "layers added or removed")
+            raise StateChangedError(
+                f"adapters changed between the forward and the backward pass (first: {first}): {_ADVICE}"
+            )
+
+
+def _adapter_state(layers: Sequence[tuple[str, Any]]) -> list[tuple[Any, ...]]:
     return [
         (
             name,
@@ -89,11 +111,10 @@ class Weights:
         self.data = [t.data for t in self.tensors]
         self.addresses = [t.data_ptr() for t in self.data]
         self.training = [m.training for m in self.holders]
-        self.layers = adapter_layers(self.modules)
-        self.adapters = adapter_state(self.layers)
+        self.adapters = Adapters(self.modules)
+        self.layers = self.adapters.layers
         self.switches = [_switches(layer) for _, layer in self.layers]
         self.storages = frozenset(t.untyped_storage()._cdata for t in self.data)
-        self.trained_bytes = sum(t.nbytes for t in self.tensors if t.requires_grad and t.is_leaf)
 
     def unchanged(self) -> bool:
         """Whether a new snapshot would be equal to this one (weights, flags, modes, addresses, adapters)."""
@@ -129,24 +150,12 @@ class Weights:
                     f"{name} was replaced or converted (.to, .half, .data =) between the forward and the "
                     f"backward pass: {_ADVICE}"
                 )
-        self.check_adapters()
-
-    def check_adapters(self) -> None:
-        """The part of :meth:`check` that looks at adapters, layers added or removed since included."""
-        if self.owned:
-            return
-        now = adapter_state(adapter_layers(self.modules))
-        if now == self.adapters:
-            return
-        pairs = zip(self.adapters, now, strict=False)
-        first = next((then[0] for then, later in pairs if then != later), "layers were added or removed")
-        raise StateChangedError(
-            f"adapters changed between the forward and the backward pass (first: {first}): {_ADVICE}"
-        )
+        if not self.owned:
+            self.adapters.check()
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Inside the block modes, adapter switches and scales, and owned modules' weights are the snapshot's."""
+        """Inside the block modes, adapter switches and owned modules' weights are the snapshot's."""
         modes = [m.training for m in self.holders]
         switches = [_switches(layer) for _, layer in self.layers]
         moved: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -1,0 +1,141 @@
+"""Shadow networks: the user's modules once more, on the same weights, with flags, modes and adapters of their own.
+
+A run must not touch the user's ``requires_grad`` flags, and its redone calls must see the flags, modes and
+adapters of the first ones, whatever the user does to the modules meanwhile. So it calls copies: structure and
+settings are copied, the storage of every weight and buffer is shared. Trained weights are the user's own
+Parameter objects, so their gradients arrive where the optimizer looks.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import fnmatch
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import InputError, UnsupportedError
+from ..weights import adapter_layers
+
+Train = str | Sequence[str] | None
+
+
+def networks(pipe: Any) -> dict[str, nn.Module]:
+    """The pipeline's networks by attribute name, but for the safety checker; compiled ones uncompiled."""
+    return {
+        key: getattr(value, "_orig_mod", value)
+        for key, value in vars(pipe).items()
+        if isinstance(value, nn.Module) and key != "safety_checker"
+    }
+
+
+def trained_parameters(pipe: Any, train: Train) -> dict[str, nn.Parameter]:
+    """The parameters that ``train`` names, by dotted name (``"unet.conv_in.weight"``).
+
+    Args:
+        pipe: a diffusers pipeline.
+        train: None for none; or one or more of: a component's name; ``"lora"``, every LoRA weight of the
+            active adapters in every component, text encoders included; a pattern (`fnmatch`) of dotted names.
+
+    Raises:
+        InputError: an entry names nothing, or only weights with ``requires_grad=False``.
+        UnsupportedError: ``"lora"`` with adapters that are fused into the weights.
+    """
+    parts = networks(pipe)
+    named = {f"{key}.{name}": p for key, module in parts.items() for name, p in module.named_parameters()}
+    chosen: dict[str, nn.Parameter] = {}
+    entries = [] if train is None else [train] if isinstance(train, str) else list(train)
+    for entry in entries:
+        if entry in parts:
+            found = {name: p for name, p in named.items() if name.startswith(f"{entry}.")}
+        elif entry == "lora":
+            found = {name: named[name] for name in _lora_names(parts)}
+        else:
+            found = {name: p for name, p in named.items() if fnmatch.fnmatchcase(name, entry)}
+        if not found:
+            raise InputError(_names_nothing(entry, list(parts), list(named)))
+        training = {name: p for name, p in found.items() if p.requires_grad}
+        if not training:
+            raise InputError(
+                f"train={entry!r} names {len(found)} weights (first: {next(iter(found))}), all with "
+                "requires_grad=False; call requires_grad_(True) on what you want to train"
+            )
+        chosen |= training
+    return chosen
+
+
+def _names_nothing(entry: str, parts: list[str], names: list[str]) -> str:
+    if entry == "lora":
+        return "train='lora', but the pipeline has no active LoRA adapter; add one, or name a component"
+    close = difflib.get_close_matches(entry, parts, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return (
+        f"train={entry!r} names no weight{hint}; allowed: a component ({', '.join(parts)}), 'lora', or a "
+        f"pattern of names such as {names[0]!r}"
+    )
+
+
+def _lora_names(parts: dict[str, nn.Module]) -> Iterator[str]:
+    for name, layer in adapter_layers(list(parts.items())):
+        if layer.merged_adapters:
+            raise UnsupportedError(
+                f"train='lora', but the adapter {layer.merged_adapters[0]!r} is fused into {name}, where it "
+                "cannot be trained; call pipe.unfuse_lora()"
+            )
+        for kind in layer.adapter_layer_names:
+            for adapter, part in getattr(layer, kind).items():
+                if adapter in layer.active_adapters and not layer.disable_adapters:
+                    if isinstance(part, nn.Parameter):
+                        yield f"{name}.{kind}.{adapter}"
+                    else:
+                        yield from (f"{name}.{kind}.{adapter}.{leaf}" for leaf, _ in part.named_parameters())
+
+
+def shadow(module: nn.Module, trained: set[int]) -> nn.Module:
+    """A copy of a network on the same weights.
+
+    Args:
+        module: the user's network; it is not changed.
+        trained: ``id`` of the Parameters that the copy shares as objects; it holds the others frozen.
+    """
+    memo: dict[int, Any] = {}
+    for child in module.modules():
+        for parameter in child._parameters.values():
+            if parameter is not None and id(parameter) not in memo:
+                memo[id(parameter)] = _weight(parameter, trained)
+        _share_tensors(child.__dict__, memo)
+        for attribute in ("config", "_internal_dict"):  # read only, and slow to copy
+            if attribute in child.__dict__:
+                memo[id(child.__dict__[attribute])] = child.__dict__[attribute]
+    return copy.deepcopy(module, memo)
+
+
+def copied_scheduler(scheduler: Any) -> Any:
+    """A scheduler of the run's own, with the user's settings. Tensors are shared: schedulers replace them."""
+    memo: dict[int, Any] = {}
+    _share_tensors(scheduler.__dict__, memo)
+    return copy.deepcopy(scheduler, memo)
+
+
+def _weight(parameter: nn.Parameter, trained: set[int]) -> nn.Parameter:
+    frozen_already = not parameter.requires_grad and type(parameter) is not nn.Parameter
+    # Quantised weights are Parameter subclasses with state beside the data; frozen as they are, they can be
+    # shared as objects.
+    if id(parameter) in trained or frozen_already:
+        return parameter
+    return nn.Parameter(parameter.detach(), requires_grad=False)
+
+
+def _share_tensors(value: Any, memo: dict[int, Any], depth: int = 3) -> None:
+    # Buffers, caches and histories: the same objects in the copy (and tensors with a graph cannot be copied).
+    if isinstance(value, torch.Tensor):
+        memo.setdefault(id(value), value)
+    elif depth and isinstance(value, dict):
+        for item in value.values():
+            _share_tensors(item, memo, depth - 1)
+    elif depth and isinstance(value, list | tuple):
+        for item in value:
+            _share_tensors(item, memo, depth - 1)
