@@ -145,8 +145,7 @@ def load_classifier(source: str | None = None) -> Classifier:
     if source is None:
         from ..pipelines import assets
 
-        network = assets.load_classifier().eval().requires_grad_(False)
-        return Classifier(network, size=64)
+        return Classifier(assets.load_classifier(), size=64)
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     try:

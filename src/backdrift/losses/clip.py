@@ -36,7 +36,7 @@ class CLIPText(Loss):
         model: A transformers ``CLIPModel``; by default the built-in one, together with its tokenizer.
         tokenizer: Its ``CLIPTokenizer``.
         distance: ``"spherical"`` or ``"cosine"``.
-        mean, std: Pixel statistics of the model; by default those of the built-in model or of OpenAI's.
+        mean, std: Pixel statistics of the model; by default OpenAI's (of the built-in model: its own, 0.5).
 
     Raises:
         InputError: When the text is over the model's token limit, or there is neither text nor prompt.
@@ -60,7 +60,7 @@ class CLIPText(Loss):
             from ..pipelines import assets
 
             model, tokenizer = assets.load_clip()
-            model = model.eval().requires_grad_(False)
+            mean, std = mean or (0.5,) * 3, std or (0.5,) * 3
         self.text = text
         self.model = model
         self.tokenizer = tokenizer

@@ -21,9 +21,7 @@ def number(value: Any, digits: int = 4) -> str:
         text = f"{value:.{digits}g}"
         if "e" in text:
             mantissa, exponent = text.split("e")
-            return f"{mantissa}·10" + str(int(exponent)).translate(
-                str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-            )
+            return f"{mantissa}·10{str(int(exponent)).translate(RAISED)}".replace("-", "−")
         return text.replace("-", "−")
     return str(value)
 

@@ -1,0 +1,81 @@
+"""``backdrift generate``: pictures from prompts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+import typer
+from pydantic import Field
+
+from .command import command
+from .config import dump
+from .fields import Sampling, Strings
+from .pipeline import new_folder, open_pipeline
+
+
+class GenerateSettings(Sampling):
+    """Settings of ``generate``."""
+
+    panel: ClassVar[str] = "Options"
+
+    prompt: Strings = Field(description="What to show; several prompts give several pictures.",
+                            json_schema_extra={"argument": True, "metavar": "PROMPT"})  # fmt: skip
+    batch_size: int = Field(1, ge=1, description="Pictures per prompt.")
+    embedding: Path | None = Field(
+        None, description="File of a learned embedding (from invert), applied to the prompts."
+    )
+    out: Path | None = Field(
+        None, description="Folder for the pictures.", json_schema_extra={"default": "runs/<prompt>-<seed>"}
+    )
+    overwrite: bool = Field(False, description="Write into a folder that is not empty.")
+
+
+def generate(settings: GenerateSettings) -> None:
+    """Make pictures from prompts.
+
+    The same seed gives the same noise as in `optimize`, so its first pictures are these.
+    """
+    folder = settings.out or Path("runs") / f"{_slug(settings.prompt[0])}-{settings.seed}"
+    pipe = open_pipeline(settings)
+    images, prompts = _pictures(pipe, settings)
+    new_folder(folder, settings.overwrite)
+    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+        path = folder / f"{i:02d}-{_slug(prompt)}.png"
+        image.save(path)
+        typer.echo(str(path))
+    dump(settings, folder / "run.yaml", "generate")
+
+
+def _pictures(pipe: Any, settings: GenerateSettings) -> tuple[list[Any], list[str]]:
+    import torch
+
+    from ..descent.randomness import generator
+    from ..descent.subject import make_examples, picture_size, sampler_call
+
+    prompts = [prompt for prompt in settings.prompt for _ in range(settings.batch_size)]
+    height, width = picture_size(pipe, settings.height, settings.width)
+    noise = torch.cat(
+        [example.noise for example in make_examples(pipe, prompts, height, width, settings.seed)]
+    )
+    more = (
+        {"negative_prompt": [settings.negative_prompt] * len(prompts)} if settings.negative_prompt else None
+    )
+    call = sampler_call(pipe, height, width, settings.num_inference_steps, settings.guidance_scale, more)
+    text: dict[str, Any] = {"prompt": prompts}
+    if settings.embedding is not None:
+        from ..recipes import load_embedding
+
+        text = load_embedding(settings.embedding).call(pipe, prompts)
+    random = [generator(settings.seed, "sampler", i) for i in range(len(prompts))]
+    with torch.no_grad():
+        return list(pipe(**text, latents=noise, generator=random, output_type="pil", **call).images), prompts
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:48] or "picture"
+
+
+def add_to(app: typer.Typer) -> None:
+    command(app, GenerateSettings)(generate)

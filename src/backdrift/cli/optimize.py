@@ -1,0 +1,76 @@
+"""``backdrift optimize``: make a loss on the finished pictures small."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import typer
+from pydantic import Field
+
+from .command import command
+from .fields import Descending, Strings
+from .finish import finish
+from .pipeline import open_pipeline
+
+
+class OptimizeSettings(Descending):
+    """Settings of ``optimize``."""
+
+    panel: ClassVar[str] = "Options"
+
+    prompt: Strings = Field(description="What the pictures show; several prompts give several pictures.",
+                            json_schema_extra={"argument": True, "metavar": "PROMPT"})  # fmt: skip
+    loss: str = Field(
+        description="What to make small: a name such as class:seven, mse:target.png, clip:a blue two; a sum "
+        "such as 0.5*clip:two + class:two; or your own, file.py:function. `backdrift info` lists the names.",
+        json_schema_extra={"complete": "losses"},
+    )
+    over: Strings = Field(
+        ["noise"],
+        description="What to change: noise, prompt_embeds, lora, a component (unet), or patterns of weights.",
+        json_schema_extra={"complete": ["noise", "prompt_embeds", "lora", "unet", "transformer"]},
+    )
+    batch_size: int = Field(1, ge=1, description="Pictures per prompt.")
+    rank: int | None = Field(None, ge=1, description="Rank of a new LoRA, with --over lora.")
+    noise_prior: float = Field(0.0, ge=0, description="Weight of the Gaussian prior on the noise.")
+    heldout: str | None = Field(
+        None, description="A loss that is not optimised and decides which pictures are best."
+    )
+    heldout_prompts: Strings | None = Field(
+        None, description="Further prompts to measure the held-out loss on (not over the noise)."
+    )
+    clamp: bool = Field(False, description="Clamp pictures to [0, 1] before the loss, which loses gradient.")
+
+
+def optimize(settings: OptimizeSettings) -> None:
+    """Make a loss on the finished pictures small, by gradients through the whole sampling run.
+
+    Writes a folder with the record, pictures, tensors and report.html. The same command continues a run
+    that was interrupted.
+    """
+    from ..losses import resolve
+
+    loss = resolve(settings.loss)  # before the pipeline is loaded: a bad name costs no time
+    heldout = None if settings.heldout is None else resolve(settings.heldout)
+    pipe = open_pipeline(settings)
+    from ..optimize import optimize as run_it
+
+    run = run_it(
+        pipe,
+        settings.prompt,
+        loss,
+        over=settings.over[0] if len(settings.over) == 1 else settings.over,
+        batch_size=settings.batch_size,
+        rank=settings.rank,
+        guidance_scale=settings.guidance_scale,
+        noise_prior=settings.noise_prior,
+        heldout=heldout,
+        heldout_prompts=settings.heldout_prompts,
+        clamp=settings.clamp,
+        **settings.descent(),
+    )
+    finish(run, settings, "optimize")
+
+
+def add_to(app: typer.Typer) -> None:
+    command(app, OptimizeSettings)(optimize)

@@ -1,0 +1,79 @@
+"""The pipeline that a command's settings name, loaded and moved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .config import Settings
+
+
+def open_pipeline(settings: Settings) -> Any:
+    """Load ``settings.model`` in its dtype and move it to its device.
+
+    Raises:
+        InputError: When the model cannot be loaded or the device is not there.
+    """
+    import torch
+
+    from ..pipelines.load import load
+
+    device = find_device(settings.device)
+    quiet()
+    pipe: Any = load(settings.model, torch_dtype=getattr(torch, settings.dtype))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def find_device(name: str) -> Any:
+    """The device called ``name``; ``"auto"`` is the first of CUDA, MPS and CPU that is there.
+
+    Raises:
+        InputError: When there is no such device.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device(devices()[0])
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ValueError):
+        raise InputError(
+            f"The device {name!r} is not available here; there are: {', '.join(devices())}."
+        ) from None
+    return device
+
+
+def devices() -> list[str]:
+    """The devices of this machine, the preferred one first."""
+    import torch
+
+    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    found += ["mps"] if torch.backends.mps.is_available() else []
+    return [*found, "cpu"]
+
+
+def quiet() -> None:
+    """Silence the libraries' own progress bars and notices; errors still come through."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def new_folder(out: Path, overwrite: bool) -> Path:
+    """Make the folder ``out``.
+
+    Raises:
+        InputError: When it exists, holds something and may not be written to.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {str(out)!r} is a file; give the name of a folder.")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise InputError(f"--out {str(out)!r} is not empty; give another folder, or --overwrite.")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
