@@ -77,7 +77,7 @@ def check_pipeline(pipe: Any) -> None:
         raise UnsupportedError(
             f"{name} makes its pictures without an image processor, through numpy, where gradients end"
         )
-    if getattr(pipe, "_free_init_num_iters", None) is not None and pipe.free_init_enabled:
+    if getattr(pipe, "_free_init_num_iters", None) is not None:
         raise UnsupportedError(f"{name} detaches the latents under FreeInit: pipe.disable_free_init()")
     reasons = list(_cuts(cls))
     if reasons:

@@ -79,6 +79,7 @@ def _names_nothing(entry: str, parts: list[str], names: list[str]) -> str:
 
 
 def _lora_names(parts: dict[str, nn.Module]) -> Iterator[str]:
+    layer: Any
     for name, layer in adapter_layers(list(parts.items())):
         if layer.merged_adapters:
             raise UnsupportedError(
