@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import typer
 from pydantic import Field
@@ -49,7 +49,7 @@ def demo(settings: DemoSettings) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     pipe = open_pipeline(settings)
-    shared = {"num_inference_steps": settings.num_inference_steps, "seed": settings.seed}
+    shared: dict[str, Any] = {"num_inference_steps": settings.num_inference_steps, "seed": settings.seed}
 
     console.print("[bold]1. The gradient through the whole run[/bold]")
     prompt = "a red two on grass"

@@ -7,6 +7,8 @@ from typing import ClassVar
 import typer
 from pydantic import Field
 
+import backdrift
+
 from .command import command
 from .fields import Descending, Strings
 from .finish import finish
@@ -53,9 +55,7 @@ def optimize(settings: OptimizeSettings) -> None:
     loss = resolve(settings.loss)  # before the pipeline is loaded: a bad name costs no time
     heldout = None if settings.heldout is None else resolve(settings.heldout)
     pipe = open_pipeline(settings)
-    from ..optimize import optimize as run_it
-
-    run = run_it(
+    run = backdrift.optimize(
         pipe,
         settings.prompt,
         loss,
