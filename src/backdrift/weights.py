@@ -36,13 +36,17 @@ class Adapters:
         self.modules = list(modules)
         self.layers = adapter_layers(self.modules)
         self.state = _adapter_state(self.layers)
+        self._checked = -1  # the backward pass (autograd's graph task) that was found in order last
 
     def check(self) -> None:
-        """Raise if an adapter was added, removed, switched, scaled or merged since.
+        """Raise if an adapter was added, removed, switched, scaled or merged since. Once per backward pass.
 
         Raises:
             StateChangedError: naming the first layer that changed.
         """
+        task = torch._C._current_graph_task_id()
+        if task == self._checked != -1:
+            return
         now = _adapter_state(adapter_layers(self.modules))
         if now != self.state:
             pairs = zip(self.state, now, strict=False)
@@ -50,6 +54,7 @@ class Adapters:
             raise StateChangedError(
                 f"adapters changed between the forward and the backward pass (first: {first}): {_ADVICE}"
             )
+        self._checked = task
 
 
 def _adapter_state(layers: Sequence[tuple[str, Any]]) -> list[tuple[Any, ...]]:

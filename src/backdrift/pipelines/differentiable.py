@@ -130,13 +130,14 @@ class DifferentiableRun:
             bound.arguments["output_type"] = "pt"
         clone, safety = self._clone()
         self._ledger.begin()
-        inputs = wanted(bound.arguments)
-        with torch.enable_grad():
-            out = call(clone, *bound.args[1:], **bound.kwargs)
+        # A user's no_grad around the call is meant: it samples as cheaply as ever, and returns a tensor.
+        inputs = wanted(bound.arguments) if torch.is_grad_enabled() else {}
+        out = call(clone, *bound.args[1:], **bound.kwargs)
         self._ledger.finish()
         out = with_flags(out, safety.flags if safety is not None else None)
         result = first_tensor(out)
-        self._check_result(result, inputs, set(bound.arguments))
+        if torch.is_grad_enabled():
+            self._check_result(result, inputs, bound.arguments)
         self._pictures = None if latent or result is None else result.detach()
         self._flags = safety.flags if safety is not None else None
         self.stats.seconds_forward += time.perf_counter() - start
@@ -209,7 +210,7 @@ class DifferentiableRun:
         return planned
 
     def _check_result(
-        self, result: torch.Tensor | None, inputs: dict[str, torch.Tensor], names: set[str]
+        self, result: torch.Tensor | None, inputs: dict[str, torch.Tensor], arguments: dict[str, Any]
     ) -> None:
         if result is None:
             raise UnsupportedError(
@@ -223,12 +224,9 @@ class DifferentiableRun:
                 )
             return
         # The walk costs some milliseconds a step, so once per kind of call.
-        key = (
-            type(self.pipe),
-            frozenset(names),
-            frozenset(inputs),
-            type(getattr(self.pipe, "scheduler", None)),
-        )
+        numbers = {k: v for k, v in arguments.items() if isinstance(v, bool | int | float)}
+        schedule = type(getattr(self.pipe, "scheduler", None))
+        key = (type(self.pipe), schedule, frozenset(arguments), frozenset(inputs), frozenset(numbers.items()))
         if key not in _CHECKED:
             check_reached(result, inputs)
             _CHECKED.add(key)
