@@ -106,7 +106,9 @@ def _scenes(rng: np.random.Generator, batch: int) -> list[Scene]:
     if rng.random() < 0.5:
         return [random_scene(rng) for _ in range(batch)]
     groups = [random_scene(rng) for _ in range(batch // 8)]
-    return [replace(s, digits=tuple(int(rng.integers(10)) for _ in s.digits)) for s in groups for _ in range(8)]
+    return [
+        replace(s, digits=tuple(int(rng.integers(10)) for _ in s.digits)) for s in groups for _ in range(8)
+    ]
 
 
 def contrast(one: Tensor, other: Tensor, captions: list[str], scale: Tensor) -> Tensor:
@@ -143,7 +145,10 @@ def train_text(steps: int = 1500, batch: int = 128) -> CLIPModel:
         scenes = _scenes(rng, batch)
         captions = [s.caption for s in scenes]
         return contrast(
-            both["attributes"](scenes), embed_text(clip, tokenizer, captions), captions, clip.logit_scale.clamp(max=3.5)
+            both["attributes"](scenes),
+            embed_text(clip, tokenizer, captions),
+            captions,
+            clip.logit_scale.clamp(max=3.5),
         )
 
     train("text", both.to(where), loss, steps=steps, lr=1e-3, ema=0.99, weight_decay=0.05)
@@ -178,9 +183,9 @@ def train_vision(clip: CLIPModel, steps: int = 3000, batch: int = 64) -> CLIPMod
 
 
 @torch.no_grad()
-def retrieval(clip: CLIPModel, rounds: int = 10, among: int = 100) -> float:
+def retrieval(clip: CLIPModel, tokenizer: CLIPTokenizer, rounds: int = 10, among: int = 100) -> float:
     """How often the right caption is found among 100 different ones, on held-out digits and crops."""
-    tokenizer, right = build_tokenizer(), 0
+    right = 0
     for round_ in range(rounds):
         rng = np.random.default_rng((13, round_))
         scenes: dict[str, Scene] = {}

@@ -75,7 +75,7 @@ def context(data: Pool, rows: Tensor) -> tuple[Tensor, Tensor]:
     return tokens, torch.cat([pooled, pooled], 1)
 
 
-def train_flow(steps: int = 5500, batch: int = 64) -> SD3Transformer2DModel:
+def train_flow(steps: int = 4500, batch: int = 64) -> SD3Transformer2DModel:
     """Squared error on the velocity ε − x0 at logit-normal times, as Stable Diffusion 3 was trained."""
     transformer, where, data = build(), device(), pool()
 

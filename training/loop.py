@@ -50,7 +50,8 @@ def train(
     """
     where = device()
     module.to(where).train()
-    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
     mean = {k: v.detach().clone() for k, v in module.state_dict().items()}
     path, first, spent = WORK / f"{name}.pt", 0, 0.0
     if path.exists():

@@ -38,7 +38,7 @@ def _vision() -> None:
     clip.load_state_dict(torch.load(WORK / "text-done.pt", weights_only=True)["module"])
     clip = train_vision(clip)
     _keep("clip", clip)
-    print(f"right caption among 100: {retrieval(clip):.3f}")
+    print(f"right caption among 100: {retrieval(clip, build_tokenizer()):.3f}")
 
 
 def _classifier() -> None:
@@ -61,6 +61,18 @@ def _flow() -> None:
     _keep("flow", train_flow())
 
 
+def _export() -> None:
+    from .export import export
+
+    export()
+
+
+def _cards() -> None:
+    from .cards import write_cards
+
+    write_cards()
+
+
 PARTS: dict[str, Callable[[], None]] = {
     "vae": _vae,
     "text": _text,
@@ -68,4 +80,6 @@ PARTS: dict[str, Callable[[], None]] = {
     "classifier": _classifier,
     "unet": _unet,
     "flow": _flow,
+    "export": _export,
+    "cards": _cards,
 }

@@ -1,0 +1,1 @@
+"""Pipelines: load, make differentiable, view as a Denoiser; the built-in ones."""

@@ -1,0 +1,104 @@
+"""The cards of the built-in assets, every figure measured here and now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+import backdrift as bd
+from backdrift.pipelines.assets import ASSETS, load_classifier, load_clip
+
+from .classifier import measure as measure_classifier
+from .clip import retrieval
+from .loop import WORK, seconds_spent
+from .quality import SETTINGS
+from .quality import measure as measure_pipeline
+from .vae import psnr
+
+DATA = """\
+Pictures of 64×64 pixels, drawn by `training/scenes.py`: one or two real handwritten digits from scikit-learn's
+`load_digits` (the UCI "Optical Recognition of Handwritten Digits" test set, CC BY 4.0) in a named colour on a named
+background, with an effect on three in ten. Backgrounds are flat colours or crops of photographs: `grass`, `brick`,
+`gravel` (CC0, tinted here) and `chelsea` (CC0) and `hubble_deep_field` (NASA, public domain) from scikit-image,
+`flower` (dany13, CC BY 2.0) from scikit-learn. A fifth of the digits and of each photograph is held out."""
+PARTS = {
+    "sd": ("Stable-Diffusion-type pipeline", ("vae", "text", "unet"), "vae text unet export cards"),
+    "flow": ("Stable-Diffusion-3-type pipeline", ("vae", "text", "flow"), "vae text flow export cards"),
+    "clip": ("CLIP", ("text", "vision"), "text vision export cards"),
+    "classifier": ("Classifier of digit, colour and background", ("classifier",), "classifier export cards"),
+}
+
+
+def parameters(folder: Path) -> dict[str, int]:
+    """Number of parameters in each safetensors file of a folder."""
+    out = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        with safe_open(path, "pt") as f:
+            name = path.parent.name if path.parent != folder else path.stem
+            count = 0
+            for key in f.keys():  # noqa: SIM118
+                size = 1
+                for n in f.get_slice(key).get_shape():
+                    size *= n
+                count += size
+            out[name] = count
+    return out
+
+
+def figures(name: str) -> dict[str, Any]:
+    """The measured quality of an asset."""
+    if name == "classifier":
+        found = measure_classifier(load_classifier())
+        return {f"accuracy on held-out digits: {k}": f"{v:.1%}" for k, v in found.items()}
+    if name == "clip":
+        clip, tokenizer = load_clip()
+        return {"right caption found among 100, held-out pictures": f"{retrieval(clip, tokenizer):.1%}"}
+    found = measure_pipeline(name, folder=Path(__file__).parent / "measured")
+    vae = bd.load(name).vae
+    settings = SETTINGS[name]
+    head = f"500 random captions, {settings['num_inference_steps']} steps, guidance {settings['guidance_scale']}: "
+    return {
+        **{f"{head}right {k}": f"{v:.1%}" for k, v in found.items()},
+        "autoencoder, held-out pictures on flat backgrounds": f"{psnr(vae, flat=True):.1f} dB PSNR",
+        "autoencoder, held-out pictures on photographs": f"{psnr(vae, flat=False):.1f} dB PSNR",
+    }
+
+
+def write_card(name: str) -> None:
+    """Measure an asset and write its card."""
+    title, parts, command = PARTS[name]
+    folder = ASSETS / name
+    minutes = {p: seconds_spent(p) / 60 for p in parts if (WORK / f"{p}.pt").exists()}
+    trained = ", ".join(f"{p} {m:.0f} min" for p, m in minutes.items())
+    lines = [
+        f"# {title} (built in)",
+        "",
+        "A self-test model: small, trained from scratch by this repository, meant for trying and testing backdrift.",
+        "",
+        "## Data",
+        DATA,
+        "",
+        "## Parameters",
+        *(f"- {k}: {v:,}" for k, v in parameters(folder).items()),
+        "",
+        "## Training",
+        f"`python -m training {command}` from the repository's root. Time on a CPU, one core each, beside other "
+        f"work: {trained}.",
+        "",
+        "## Measured (`python -m training cards`)",
+        *(f"- {k}: {v}" for k, v in figures(name).items()),
+        "",
+        "## Licence",
+        "Weights: Apache-2.0, like the package. Data: as above.",
+    ]
+    (folder / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def write_cards() -> None:
+    """Write the card of every exported asset."""
+    for name in PARTS:
+        if (ASSETS / name).is_dir():
+            write_card(name)
+            print(f"card of {name} written")
