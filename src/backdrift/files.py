@@ -12,15 +12,19 @@ from typing import IO, Any
 from .errors import InputError
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Let ``write`` fill a file beside ``path``, then rename it into place."""
+def write_atomically(path: Path, write: Callable[[IO[bytes]], Any], *, durable: bool = False) -> None:
+    """Let ``write`` fill a file beside ``path``, then rename it into place.
+
+    That is enough against a kill; ``durable`` waits for the disk, against a power cut.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with beside.open("wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

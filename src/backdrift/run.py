@@ -245,7 +245,7 @@ class Run:
         """Write ``record.json``."""
         self.record["updated"] = _now()
         text = json.dumps(_finite(self.record), ensure_ascii=False, indent=1, allow_nan=False)
-        write_atomically(self.folder / "record.json", lambda f: f.write(text.encode()))
+        write_atomically(self.folder / "record.json", lambda f: f.write(text.encode()), durable=True)
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write ``tensors/<name>.safetensors`` and enter it in the record."""
@@ -271,7 +271,7 @@ class Run:
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write all that a restart needs, in one file so that it is never half of one iteration."""
         content = {"state": state, "record": json.dumps(_finite(self.record))}
-        write_atomically(self.folder / "checkpoint.pt", lambda f: torch.save(content, f))
+        write_atomically(self.folder / "checkpoint.pt", lambda f: torch.save(content, f), durable=True)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The last checkpoint's state, or ``None``; the record goes back to that moment.

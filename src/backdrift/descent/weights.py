@@ -73,6 +73,7 @@ class Lora(Weights):
         from peft import LoraConfig
 
         component, network = denoiser(pipe)
+        others = network.active_adapters() if getattr(network, "peft_config", None) else []
         network.add_adapter(
             LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=list(self.targets)),
             adapter_name=self.adapter,
@@ -82,7 +83,11 @@ class Lora(Weights):
             with super().on(pipe, examples):
                 yield
         finally:
-            network.delete_adapters(self.adapter)
+            if len(network.peft_config) == 1:
+                network.unload_lora()  # also takes the layers' wrappers off
+            else:
+                network.delete_adapters(self.adapter)
+                network.set_adapter(others)
 
     def export(self, pipe: Any, run: Run) -> None:
         from peft import get_peft_model_state_dict
