@@ -89,10 +89,12 @@ class MonotoneSpline:
     def inverse(self, value: Tensor) -> Tensor:
         i = _piece_of_value(self.values, value)
         w = (self.values[i] - value) / (self.values[i] - self.values[i + 1])
-        # Newton from the chord: the pieces are nearly straight, so it converges at once; 8 is far more than
-        # double precision needs.
+        # Newton from the chord: the pieces are nearly straight, so two or three rounds reach rounding.
         for _ in range(8):
-            w = w - (self._cubic(i, w) - value) / self._slope(i, w)
+            move = (self._cubic(i, w) - value) / self._slope(i, w)
+            w = w - move
+            if not bool((move.abs() > 1e-13).any()):
+                break
         return i + w
 
 

@@ -55,15 +55,21 @@ class Form:
         if name not in FORMS:
             raise InputError(f"form must be one of {', '.join(FORMS)}; got {name!r}")
         self.name, self.schedule, self.prediction, self.call = name, schedule, prediction, call
+        self._scales: dict[float, tuple[float, float]] = {}
+
+    def scales(self, t: float) -> tuple[float, float]:
+        """alpha and sigma at ``t``. Each node is asked for several times, hence remembered."""
+        if t not in self._scales:
+            self._scales[t] = (float(self.schedule.alpha(t)), float(self.schedule.sigma(t)))
+        return self._scales[t]
 
     def node(self, t: float) -> Node:
         """The point at time ``t``."""
         if self.name == "original":
             return Node(t, t)
-        rho = float(self.schedule.rho(t))
-        if self.name == "exponential":
-            return Node(t, rho)
-        return Node(t, math.inf if rho == 0 else 1 / rho)
+        alpha, sigma = self.scales(t)
+        above, below = (sigma, alpha) if self.name == "exponential" else (alpha, sigma)
+        return Node(t, math.inf if below == 0 else above / below)
 
     def between(self, s: float) -> Node:
         """The point where the clock shows ``s``."""
@@ -77,7 +83,7 @@ class Form:
         """x = scale * Y."""
         if self.name == "original":
             return 1.0
-        return float(self.schedule.alpha(t) if self.name == "exponential" else self.schedule.sigma(t))
+        return self.scales(t)[0 if self.name == "exponential" else 1]
 
     def drift(self, x: Tensor, t: float) -> Tensor:
         """dY/ds at the state ``x`` (not Y) and time ``t``: one evaluation of the model.
@@ -95,7 +101,7 @@ class Form:
 
     def coefficients(self, t: float) -> tuple[float, float]:
         """The numbers (on_x, on_output) of the drift at ``t``."""
-        alpha, sigma = float(self.schedule.alpha(t)), float(self.schedule.sigma(t))
+        alpha, sigma = self.scales(t)
         if self.name != "original":
             target = "epsilon" if self.name == "exponential" else "sample"
             return conversion(self.prediction, target, alpha, sigma, t)

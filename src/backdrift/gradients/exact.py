@@ -130,7 +130,6 @@ class _Context:
     def check_unchanged(self, weights: Weights) -> None:
         """Raise if a redone call would see other tensors, flags, modes or adapters than the first one."""
         weights.check()
-        weights.check_adapters()
         for holder, mode in zip(weights.holders, weights.training, strict=True):
             if holder.training != mode:
                 names = (n for _, m in self.modules for n, child in m.named_modules() if child is holder)
@@ -167,8 +166,10 @@ class _NetworkCall:
         self.kept = self.context.trace(x, self.branch, self.t)
         return self.kept.out.detach()
 
-    def again(self, x: Tensor) -> Trace:
+    def check(self) -> None:
         self.context.check_unchanged(self.weights)
+
+    def again(self, x: Tensor) -> Trace:
         with self.ambient.restored(), torch.enable_grad():
             floor = sequence_number()
             trace = self.context.trace(x, self.branch, self.t)

@@ -45,12 +45,15 @@ class NetworkCall(Protocol):
     def first(self, x: Tensor) -> Tensor:
         """The call's output; fills ``kept`` where its graph is to be held."""
 
-    def again(self, x: Tensor) -> Trace:
-        """The same call with a graph.
+    def check(self) -> None:
+        """See that what the call used is as it was.
 
         Raises:
-            StateChangedError: it would not be the same call.
+            StateChangedError: it is not.
         """
+
+    def again(self, x: Tensor) -> Trace:
+        """The same call with a graph."""
 
 
 class Chain:
@@ -173,6 +176,7 @@ def _differentiate(
     """The vector–Jacobian product of one call, added to the running sums."""
     if not need_x and not wanted:
         return None, []
+    call.check()
     trace, call.kept = call.kept, None
     if trace is None:
         start = time.perf_counter()
@@ -190,7 +194,10 @@ def _differentiate(
     inputs = [trace.x, *leaves] if need_x else leaves
     chain.stats.vjps += 1
     with _without_hooks(leaves):
-        result: Sums = list(torch.autograd.grad(outputs, inputs, grads, allow_unused=True))
+        # A gradient that is a view (a linear layer's is a transpose) shares its storage with its base and would
+        # not be added to in place; ``.data`` is the same memory without the base.
+        found = torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
+        result: Sums = [g.data if g is not None and g._base is not None else g for g in found]
     return (result[0], result[1:]) if need_x else (None, result)
 
 
