@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+import tiny_pipelines
 from backdrift import __version__
 from backdrift.cli import app
 from backdrift.cli.errors import BAD_INPUT, FAILED, INTERRUPTED, explain
@@ -382,3 +383,36 @@ def test_what_each_error_ends_with() -> None:
 def test_a_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BACKDRIFT_TRACEBACK", "1")
     assert "Traceback" in call("invert").stderr
+
+
+def test_demo_does_its_three_jobs_on_one_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from backdrift.pipelines import assets
+    from test_losses import tiny_heads
+
+    monkeypatch.setattr(tiny_pipelines, "TOKENS", 48)  # its prompts are sentences
+    tiny_sd().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(assets, "load_classifier", tiny_heads)
+    args = (
+        "demo",
+        "--model",
+        "model",
+        "--num-inference-steps",
+        "2",
+        "--steps",
+        "2",
+        "--no-progress",
+        "--out",
+        "demo",
+    )
+    result = call(*args)
+    assert result.exit_code == 0, result.output
+    assert "same bits as plain autograd: yes" in result.output
+    assert "one-step guidance" in result.output
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert page.count("<article") == 3
+    assert "demo/report.html" in result.output
+    kinds = [
+        json.loads((tmp_path / "demo" / n / "record.json").read_text())["kind"]
+        for n in ("gradient", "ambigram", "embedding")
+    ]
+    assert kinds == ["check", "ambigram", "invert"]

@@ -45,7 +45,8 @@ def _installation() -> None:
         rows.append([folder.name, size(total), *_card(folder.name)])
     _table("Built-in assets", ["name", "size", "what", "measured quality"], rows)
     losses = [
-        [name, kind.argument, (kind.__doc__ or "").strip().splitlines()[0]] for name, kind in kinds().items()
+        [name, kind.argument, (kind.__doc__ or "").strip().splitlines()[0].replace("``", "")]
+        for name, kind in kinds().items()
     ]
     _table("Losses", ["name", "argument after the colon", "value"], losses)
 
@@ -120,7 +121,7 @@ def _memory(name: str) -> str:
         return f"{size(properties.total_memory)}, {properties.name}"
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return f"{size(total)}, {torch.get_num_threads()} threads"
+        return f"{size(total)}, threads: {torch.get_num_threads()}"
     return ""
 
 

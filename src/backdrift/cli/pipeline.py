@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ def open_pipeline(settings: Settings) -> Any:
 
     device = find_device(settings.device)
     quiet()
-    pipe: Any = load(settings.model, torch_dtype=getattr(torch, settings.dtype))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the libraries' notices to each other
+        pipe: Any = load(settings.model, torch_dtype=getattr(torch, settings.dtype))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

@@ -78,7 +78,7 @@ def tiles(record: Mapping[str, Any]) -> list[dict[str, str]]:
         known = [f"{figures.number(count)} {what}" for count, what in notes if count is not None]
         add("network calls", figures.number(stats["network_calls"]), *known)
     if stats.get("peak_bytes") is not None:
-        add("peak memory", figures.size(stats["peak_bytes"]), "live tensors")
+        add("peak memory", figures.size(stats["peak_bytes"]), "activations held")
     return found
 
 
