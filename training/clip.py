@@ -155,7 +155,7 @@ def train_text(steps: int = 1500, batch: int = 128) -> CLIPModel:
     return clip
 
 
-def train_vision(clip: CLIPModel, steps: int = 3000, batch: int = 64) -> CLIPModel:
+def train_vision(clip: CLIPModel, steps: int = 2200, batch: int = 64) -> CLIPModel:
     """Second stage: the vision half learns from pictures, contrasted with the text half, which stays as it is."""
     tokenizer, where = build_tokenizer(), device()
     clip.requires_grad_(False)

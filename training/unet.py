@@ -34,7 +34,7 @@ def build() -> UNet2DConditionModel:
     )
 
 
-def train_unet(steps: int = 8000, batch: int = 64) -> UNet2DConditionModel:
+def train_unet(steps: int = 6000, batch: int = 64) -> UNet2DConditionModel:
     """Squared error on the noise at a uniform time of the thousand."""
     unet, where, data = build(), device(), pool()
     noise_schedule = DDPMScheduler(**SCHEDULE)
