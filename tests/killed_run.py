@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_pipelines import tiny_sd
 
 from backdrift import Run, optimize
+from tiny_pipelines import tiny_sd
 
 MORE: dict[str, dict[str, Any]] = {
     "noise": {"noise_prior": 0.01},

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_pipelines import PICTURE, noise_for, tiny_sd
 from torch import Tensor, nn
 
 from backdrift.descent.randomness import seeded
@@ -17,6 +16,7 @@ from backdrift.recipes import ambigram, successes
 from backdrift.recipes.ambigram import _shift, _Shifted, read, views
 from backdrift.recipes.ddim import DDIM
 from backdrift.recipes.one_step import OneStep, guide_one_step, search
+from tiny_pipelines import PICTURE, noise_for, tiny_sd
 
 
 class TopOrBottom(nn.Module):
@@ -54,7 +54,9 @@ def test_views_are_whole_pixel_shifts_and_a_blur() -> None:
     image = torch.zeros(1, 3, 9, 9)
     image[..., 4, 4] = 1
     seen = views(image)[0, :, 0]
-    assert [tuple(v.nonzero()[0].tolist()) for v in seen[:9]] == [(4 + dy, 4 + dx) for dy in (-2, 0, 2) for dx in (-2, 0, 2)]
+    assert [tuple(v.nonzero()[0].tolist()) for v in seen[:9]] == [
+        (4 + dy, 4 + dx) for dy in (-2, 0, 2) for dx in (-2, 0, 2)
+    ]
     assert torch.allclose(seen[9, 3:6, 3:6], torch.full((3, 3), 1 / 9))
     assert seen[9].sum() == pytest.approx(1)
     ramp = torch.arange(5.0).view(1, 1, 5, 1).expand(1, 3, 5, 5)
@@ -62,7 +64,10 @@ def test_views_are_whole_pixel_shifts_and_a_blur() -> None:
 
 
 def test_the_random_shifts_follow_the_seed() -> None:
-    image, loss = torch.rand(1, 3, PICTURE, PICTURE, generator=torch.Generator().manual_seed(0)), _Shifted(reader(), 2)
+    image, loss = (
+        torch.rand(1, 3, PICTURE, PICTURE, generator=torch.Generator().manual_seed(0)),
+        _Shifted(reader(), 2),
+    )
 
     def value(seed: int) -> float:
         with seeded(seed, "x"):
@@ -74,7 +79,13 @@ def test_the_random_shifts_follow_the_seed() -> None:
 
 def test_an_ambigram_is_found_beside_its_baseline_and_found_again(tmp_path: Path) -> None:
     """A tiny untrained pipeline can make either half brighter, so both must lower the loss."""
-    kwargs: dict[str, Any] = {"loss": reader(), "prompt": "a 2", "num_inference_steps": 2, "steps": 4, "progress": False}
+    kwargs: dict[str, Any] = {
+        "loss": reader(),
+        "prompt": "a 2",
+        "num_inference_steps": 2,
+        "steps": 4,
+        "progress": False,
+    }
     run = ambigram(tiny_sd(), "top", "bottom", out=tmp_path / "a", lr=0.1, **kwargs)
     losses = [entry["loss"] for entry in run.record["iterations"]]
     assert run.best.loss < 0.98 * losses[0]
@@ -90,7 +101,13 @@ def test_an_ambigram_is_found_beside_its_baseline_and_found_again(tmp_path: Path
 
 def test_successes_are_counted_over_seeds(tmp_path: Path) -> None:
     lines: list[str] = []
-    kwargs: dict[str, Any] = {"loss": reader(), "prompt": "a 2", "num_inference_steps": 1, "steps": 1, "progress": False}
+    kwargs: dict[str, Any] = {
+        "loss": reader(),
+        "prompt": "a 2",
+        "num_inference_steps": 1,
+        "steps": 1,
+        "progress": False,
+    }
     summary = successes(
         tiny_sd(), "top", "bottom", seeds=[0, 5], out=tmp_path, show=lines.append, baseline=False, **kwargs
     )
@@ -139,11 +156,15 @@ def test_one_guided_step_is_the_equation() -> None:
         )
         leaf = noise.clone().requires_grad_()
         with torch.enable_grad():
-            (g,) = torch.autograd.grad(distance(ddim.decode(ddim.clean(leaf, ddim.predict(leaf, 0)[0], 0))).sum(), leaf)
+            (g,) = torch.autograd.grad(
+                distance(ddim.decode(ddim.clean(leaf, ddim.predict(leaf, 0)[0], 0))).sum(), leaf
+            )
         for place in ((0, 0, 0, 0), (0, 3, 4, 5)):
             step = torch.zeros_like(noise)
             step[place] = 1e-5
-            assert g[place].item() == pytest.approx((loss_at(noise + step) - loss_at(noise - step)) / 2e-5, rel=1e-4)
+            assert g[place].item() == pytest.approx(
+                (loss_at(noise + step) - loss_at(noise - step)) / 2e-5, rel=1e-4
+            )
         rho = 0.2 * 4.0 * more.square().mean().sqrt() / g.square().mean().sqrt()
         expected = ddim.decode(ddim.step(noise, eps, 0) - rho * g)
     assert torch.allclose(found, expected, rtol=0, atol=1e-10)
@@ -167,7 +188,9 @@ def test_time_travel_keeps_the_marginal_s_variance() -> None:
     ddim = DDIM(tiny_sd(), ["a"], num_inference_steps=5, guidance_scale=1.0)
     generator = torch.Generator().manual_seed(0)
     clean, i = 0.7, 2
-    x = float(ddim.alphas[i + 1]) * clean + float(ddim.sigmas[i + 1]) * torch.randn(200_000, generator=generator)
+    x = float(ddim.alphas[i + 1]) * clean + float(ddim.sigmas[i + 1]) * torch.randn(
+        200_000, generator=generator
+    )
     back = _back(ddim, x, i, generator)
     assert back.mean().item() == pytest.approx(float(ddim.alphas[i]) * clean, abs=0.01)
     assert back.std().item() == pytest.approx(float(ddim.sigmas[i]), rel=0.01)
@@ -182,7 +205,9 @@ def test_the_search_keeps_the_best_of_its_tries() -> None:
             values.append(value.item())
         return value
 
-    image, found = search(pipe, "a 2", lambda draw: noise_for(pipe, seed=draw), loss, 1.0, num_inference_steps=1)
+    image, found = search(
+        pipe, "a 2", lambda draw: noise_for(pipe, seed=draw), loss, 1.0, num_inference_steps=1
+    )
     assert found["tries"] == len(values) >= 1
     assert found["loss"] == min(values) == pytest.approx(distance(image).item())
     assert found["seconds"] >= 1.0

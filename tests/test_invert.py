@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_pipelines import LATENT, PICTURE, TOKENS, WIDTH, noise_for, tiny_sd, tiny_sd3, tiny_sdxl
 from torch import Tensor
 
 from backdrift import invert
@@ -18,6 +17,7 @@ from backdrift.recipes import Embedding, Pair, effect_pairs, load_embedding
 from backdrift.recipes.ddim import DDIM, encode_to_noise
 from backdrift.recipes.pairs import to_tensor
 from backdrift.run import Run
+from tiny_pipelines import LATENT, PICTURE, TOKENS, WIDTH, noise_for, tiny_sd, tiny_sd3, tiny_sdxl
 
 STEPS = 2
 
@@ -33,7 +33,10 @@ def picture(pipe: Any, embedding: Embedding, prompt: str, noise: Tensor) -> Tens
 
     with differentiable(pipe):
         return pipe(
-            prompt_embeds=embedding.apply(pipe, prompt), latents=noise, num_inference_steps=STEPS, guidance_scale=7.5
+            prompt_embeds=embedding.apply(pipe, prompt),
+            latents=noise,
+            num_inference_steps=STEPS,
+            guidance_scale=7.5,
         ).images[0]
 
 
@@ -60,7 +63,9 @@ def test_the_paper_s_settings_recover_an_effect_that_an_embedding_made(tmp_path:
     run = run_invert(pipe, pairs, tmp_path / "a", slots=slots, n_slots=3, placeholder="#")
     settings = run.record["settings"]
     assert (settings["optimizer"], settings["steps"], settings["loss"]) == ("adamw", 50, "mean squared error")
-    assert settings["lr"] == pytest.approx(0.1 if slots == "output" else 0.1 * table.square().mean().sqrt().item())
+    assert settings["lr"] == pytest.approx(
+        0.1 if slots == "output" else 0.1 * table.square().mean().sqrt().item()
+    )
     figures = run.record["figures"]
     assert figures["best loss"] <= 0.1 * figures["loss before"]
     found = load_embedding(run.folder / run.record["files"]["embedding"]["path"])
@@ -95,7 +100,9 @@ def test_held_out_pairs_are_measured_and_not_trained_on(tmp_path: Path) -> None:
     run = run_invert(pipe, pairs[:2], tmp_path / "a", n_slots=2, steps=2, heldout_pairs=pairs[2:])
     first = run.record["iterations"][0]
     assert first["examples"] == [0, 1]
-    expected = run_invert(pipe, pairs[2:], tmp_path / "b", n_slots=2, steps=0, init=_start(pipe, ["a 2", "b 7", "c 5"]))
+    expected = run_invert(
+        pipe, pairs[2:], tmp_path / "b", n_slots=2, steps=0, init=_start(pipe, ["a 2", "b 7", "c 5"])
+    )
     assert first["heldout"] == pytest.approx(expected.record["iterations"][0]["loss"], rel=1e-5)
 
 
@@ -190,9 +197,13 @@ def test_the_steps_are_diffusers_own_ddim() -> None:
     with torch.no_grad():
         for i in range(len(ddim)):
             x = ddim.step(x, ddim.predict(x, i)[0], i)
-        theirs = pipe("a 2", latents=noise, num_inference_steps=4, guidance_scale=7.5, output_type="latent").images
+        theirs = pipe(
+            "a 2", latents=noise, num_inference_steps=4, guidance_scale=7.5, output_type="latent"
+        ).images
         assert torch.allclose(x, theirs, rtol=0, atol=1e-5)
-        pictures = pipe("a 2", latents=noise, num_inference_steps=4, guidance_scale=7.5, output_type="pt").images
+        pictures = pipe(
+            "a 2", latents=noise, num_inference_steps=4, guidance_scale=7.5, output_type="pt"
+        ).images
         assert torch.allclose(ddim.decode(x).clamp(0, 1), pictures, rtol=0, atol=1e-5)
 
 
@@ -296,7 +307,9 @@ BLACK = torch.zeros(3, PICTURE, PICTURE)
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(tmp_path: Path, pair: Any, kwargs: dict[str, Any], message: str) -> None:
+def test_what_does_not_fit_is_refused(
+    tmp_path: Path, pair: Any, kwargs: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         run_invert(tiny_sd(), [pair], tmp_path / "a", **kwargs)
     assert not (tmp_path / "a").exists()

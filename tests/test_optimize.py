@@ -11,18 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import killed_run
 import pytest
 import torch
-from linear_pipeline import linear_pipeline, picture_matrix, start
-from tiny_pipelines import noise_for, tiny_sd, tiny_sd3, tiny_sdxl
 from torch import Tensor
 
+import killed_run
 from backdrift import optimize
 from backdrift.descent.best import BestSoFar
 from backdrift.descent.variables import gaussian_prior
 from backdrift.errors import InputError, MissingGradientError, NonFiniteError
 from backdrift.run import Run
+from linear_pipeline import linear_pipeline, picture_matrix, start
+from tiny_pipelines import noise_for, tiny_sd, tiny_sd3, tiny_sdxl
 
 TARGET = 0.3
 
@@ -56,7 +56,9 @@ def test_gradient_descent_on_the_noise_is_the_closed_form(tmp_path: Path) -> Non
     assert torch.allclose(recorded, torch.stack(losses), rtol=1e-5)
     assert run.best.loss == pytest.approx(losses[-1].mean().item(), rel=1e-5)
     first = run.record["iterations"][0]
-    gradient = torch.einsum("ji,njhw->nihw", matrix, torch.einsum("ij,njhw->nihw", matrix, noise.double()) / 2 + 0.2)
+    gradient = torch.einsum(
+        "ji,njhw->nihw", matrix, torch.einsum("ij,njhw->nihw", matrix, noise.double()) / 2 + 0.2
+    )
     assert first["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-5)
 
 
@@ -64,7 +66,14 @@ def test_gradient_descent_on_weights_is_the_closed_form_and_the_pipeline_comes_b
     """One step: the picture is (x - W x/4)/2 + 1/2, so dL/dW = -1/4 · mean over samples of Σ (image - t) xᵀ."""
     pipe, noise, lr = linear_pipeline(), start(2), 0.01
     before = pipe.unet.weight.detach().clone()
-    kwargs = {"over": "unet", "noise": noise, "batch_size": 2, "num_inference_steps": 1, "optimizer": "sgd", "lr": lr}
+    kwargs = {
+        "over": "unet",
+        "noise": noise,
+        "batch_size": 2,
+        "num_inference_steps": 1,
+        "optimizer": "sgd",
+        "lr": lr,
+    }
     run = descend(pipe, tmp_path / "a", steps=1, **kwargs)
     image = torch.einsum("ij,njhw->nihw", picture_matrix(pipe, 1), noise.double()) / 2 + 0.5
     gradient = -0.25 * torch.einsum("nihw,njhw->ij", image - TARGET, noise.double()) / 2
@@ -111,7 +120,14 @@ def test_the_prior_is_the_chi_density_s_and_pulls_the_norm_to_it(tmp_path: Path)
     # A loss that hardly pulls: the prior alone brings the norm from 1.5 times to sqrt(d - 1).
     pipe, wide = linear_pipeline(), start() * 1.5
     run = descend(
-        pipe, tmp_path / "a", lambda x: 1e-6 * distance(x), noise=wide, noise_prior=1.0, optimizer="sgd", lr=0.4, steps=30
+        pipe,
+        tmp_path / "a",
+        lambda x: 1e-6 * distance(x),
+        noise=wide,
+        noise_prior=1.0,
+        optimizer="sgd",
+        lr=0.4,
+        steps=30,
     )
     assert run.best.tensors["noise"].norm().item() == pytest.approx(math.sqrt(wide.numel() - 1), rel=1e-4)
     assert run.record["iterations"][0]["prior"] == pytest.approx(gaussian_prior(wide).item(), rel=1e-5)
@@ -159,7 +175,14 @@ def test_enough_stops_at_the_first_score_that_is_small_enough(tmp_path: Path) ->
 def test_a_minibatch_goes_through_every_example_once_an_epoch(tmp_path: Path) -> None:
     pipe = linear_pipeline()
     run = descend(
-        pipe, tmp_path / "a", prompt=["a", "b", "c"], over="unet", noise=start(3), minibatch=2, steps=6, lr=1e-3
+        pipe,
+        tmp_path / "a",
+        prompt=["a", "b", "c"],
+        over="unet",
+        noise=start(3),
+        minibatch=2,
+        steps=6,
+        lr=1e-3,
     )
     batches = [entry["examples"] for entry in run.record["iterations"]]
     assert [len(b) for b in batches] == [2, 1, 2, 1, 2, 1, 2]
@@ -232,6 +255,7 @@ def test_a_lora_needs_a_lora(tmp_path: Path) -> None:
 
 # -- the same bits after a kill -----------------------------------------------------------------------------
 
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """As in the process that is killed: sums over threads may be rounded otherwise."""
@@ -268,7 +292,9 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, over: str, every: 
             assert torch.equal(killed.tensors(name)[key], value), (name, key)
     assert timeless(killed.record) == timeless(whole.record)
     for name, entry in whole.record["pictures"].items():
-        assert (killed.folder / entry["path"]).read_bytes() == (whole.folder / entry["path"]).read_bytes(), name
+        assert (killed.folder / entry["path"]).read_bytes() == (whole.folder / entry["path"]).read_bytes(), (
+            name
+        )
 
 
 def test_a_failure_keeps_what_was_done_and_the_run_goes_on_after_it(tmp_path: Path) -> None:
@@ -301,11 +327,21 @@ def test_a_finished_run_is_returned_without_work(tmp_path: Path) -> None:
     assert again.record == first.record
     with pytest.raises(InputError, match="steps: 3 there, 4 given"):
         descend(pipe, tmp_path / "a", noise=noise, steps=4)
+    other = linear_pipeline()
+    with torch.no_grad():
+        other.unet.weight.add_(1e-3)
     with pytest.raises(InputError, match="pipeline"):
-        other = linear_pipeline()
-        with torch.no_grad():
-            other.unet.weight.add_(1e-3)
         descend(other, tmp_path / "a", noise=noise)
+
+
+def test_another_target_is_another_run(tmp_path: Path) -> None:
+    from backdrift.losses import MSE
+
+    pipe, noise, target = linear_pipeline(), start(), torch.full((3, 8, 8), 0.5)
+    descend(pipe, tmp_path / "a", MSE(target), noise=noise, steps=1)
+    descend(pipe, tmp_path / "a", MSE(target.clone()), noise=noise, steps=1)
+    with pytest.raises(InputError, match="loss_tensors"):
+        descend(pipe, tmp_path / "a", MSE(target + 0.1), noise=noise, steps=1)
 
 
 def test_the_sampler_s_own_noise_is_the_same_in_every_iteration(tmp_path: Path) -> None:
@@ -333,7 +369,9 @@ def test_the_sampler_s_own_noise_is_the_same_in_every_iteration(tmp_path: Path) 
         (lambda x: (x - x.detach()).abs().sqrt().flatten(1).sum(1), NonFiniteError, "gradient of the loss"),
     ],
 )  # fmt: skip
-def test_losses_that_cannot_be_descended(tmp_path: Path, loss: Any, error: type[Exception], message: str) -> None:
+def test_losses_that_cannot_be_descended(
+    tmp_path: Path, loss: Any, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         descend(linear_pipeline(), tmp_path / "a", loss, noise=start(2), batch_size=2)
     assert Run.load(tmp_path / "a").record["status"] == "failed"

@@ -65,7 +65,9 @@ def test_folders_that_are_not_runs_are_refused(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"file": b"x", "b/record.json": b'{"format": "something else"}'}
 
 
-def test_without_a_name_the_folder_follows_from_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_name_the_folder_follows_from_the_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     first, again, other = open_run(None), open_run(None, memory="max"), open_run(None, lr=0.2)
     assert first.folder == again.folder != other.folder
@@ -78,7 +80,11 @@ def test_the_fingerprint_ignores_order_and_sees_values() -> None:
 
 def test_one_process_writes_at_a_time(tmp_path: Path) -> None:
     run = open_run(tmp_path / "a")
-    with run.writing(), pytest.raises(InputError, match="Another process"), open_run(tmp_path / "a").writing():
+    with (
+        run.writing(),
+        pytest.raises(InputError, match="Another process"),
+        open_run(tmp_path / "a").writing(),
+    ):
         pass
     with run.writing():  # free again
         pass
@@ -110,7 +116,13 @@ def test_the_record_has_null_for_what_is_not_finite(tmp_path: Path) -> None:
 def test_a_checkpoint_brings_state_and_record_back_to_its_moment(tmp_path: Path) -> None:
     run = open_run(tmp_path / "a")
     run.record["iterations"] = [{"iteration": 0, "loss": 0.1 + 0.2}]
-    state = {"next": 1, "x": torch.tensor([1 / 3]), "milestones": Counter({5: 1}), "lr": 0.1 + 0.2, "pair": (1, None)}
+    state = {
+        "next": 1,
+        "x": torch.tensor([1 / 3]),
+        "milestones": Counter({5: 1}),
+        "lr": 0.1 + 0.2,
+        "pair": (1, None),
+    }
     run.save_checkpoint(state)
     run.record["iterations"].append({"iteration": 1, "loss": 9.0})
     run.save_record()  # the record may be ahead of the checkpoint when the kill comes

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from .descent import Descent, Options, Variable, variable_for
 from .descent.optimizers import OptimizerSpec, ScheduleSpec
-from .descent.subject import describe_pipeline, describe_value, make_examples, picture_size, sampler_call
+from .descent.subject import (
+    describe_pipeline,
+    describe_tensors,
+    describe_value,
+    make_examples,
+    picture_size,
+    sampler_call,
+)
 from .errors import InputError
 from .run import Run
 
@@ -114,11 +121,12 @@ def optimize(
     call = sampler_call(pipe, height, width, num_inference_steps, guidance_scale, pipeline_kwargs)
     options = Options(
         steps=steps, seed=seed, optimizer=optimizer, optimizer_kwargs=optimizer_kwargs, lr=lr, lr_schedule=lr_schedule,
-        clip_grad=clip_grad, noise_prior=noise_prior, patience=patience, enough=enough, minibatch=minibatch, chunk=chunk,
-        memory=memory, clamp=clamp, checkpoint_every=checkpoint_every, call=call,
+        clip_grad=clip_grad, noise_prior=noise_prior, patience=patience, enough=enough, minibatch=minibatch,
+        chunk=chunk, memory=memory, clamp=clamp, checkpoint_every=checkpoint_every, call=call,
     )  # fmt: skip
     settings = options.settings(variable) | {
         "loss": objective.spec,
+        "loss_tensors": describe_tensors(objective),
         "heldout": None if judge is None else judge.spec,
         "heldout_prompts": None if heldout_prompts is None else list(heldout_prompts),
         "batch_size": batch_size,
@@ -126,8 +134,7 @@ def optimize(
         "pipeline": describe_pipeline(pipe),
     }
     title = f"optimize {variable.name}: {prompts[0]}" + (" …" if len(set(prompts)) > 1 else "")
-    run = Run.open("optimize", settings, title=title, prompt=prompts, seed=seed, out=out, resume=resume,
-                   unfingerprinted=("memory", "checkpoint_every"))  # fmt: skip
+    run = Run.open("optimize", settings, title=title, prompt=prompts, seed=seed, out=out, resume=resume)  # fmt: skip
     return Descent(
         pipe,
         variable,

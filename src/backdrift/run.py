@@ -70,6 +70,8 @@ from .files import locked, write_atomically
 from .pictures import side_by_side, to_pil
 
 FORMAT = "backdrift-run/1"
+#: settings that a result does not depend on
+NOT_DECISIVE = ("memory", "checkpoint_every")
 PACKAGES = ("backdrift", "torch", "diffusers", "transformers", "peft", "numpy", "safetensors")
 
 
@@ -117,7 +119,7 @@ class Run:
         seed: int,
         out: str | Path | None,
         resume: bool = True,
-        unfingerprinted: tuple[str, ...] = ("memory",),
+        unfingerprinted: tuple[str, ...] = NOT_DECISIVE,
     ) -> Run:
         """Begin a run in ``out``, or take up the one that is there if its settings are the same.
 
@@ -177,6 +179,8 @@ class Run:
         if not resume:
             raise InputError(f"{str(folder)!r} already holds a run and resume=False; give another folder.")
         if old.record["fingerprint"] != record["fingerprint"]:
+            if not old.finished and old.record["best"] is None:
+                return None  # it failed before it had measured anything: there is nothing to lose
             raise InputError(
                 f"{str(folder)!r} holds a run with other settings ({_difference(old.record, record)}). It was left "
                 "as it is. Give another folder, or the same settings to continue it."
@@ -363,7 +367,7 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
         return {k: record[k] for k in ("kind", "prompt", "seed")} | _finite(record["settings"])
 
     a, b = flat(old), flat(new)
-    names = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and k != "memory"]
+    names = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and k not in NOT_DECISIVE]
     shown = [f"{k}: {_short(a.get(k))} there, {_short(b.get(k))} given" for k in names[:4]]
     return "; ".join(shown) + ("; …" if len(names) > 4 else "")
 

@@ -38,7 +38,7 @@ def picture_size(pipe: Any, height: int | None, width: int | None) -> tuple[int,
     """
     _, network = denoiser(pipe)
     scale = int(getattr(pipe, "vae_scale_factor", 8))
-    own = getattr(network.config, "sample_size", None) or getattr(pipe, "default_sample_size", 64)
+    own: Any = getattr(network.config, "sample_size", None) or getattr(pipe, "default_sample_size", 64)
     default = (own, own) if isinstance(own, int) else tuple(own)
     patch = getattr(network.config, "patch_size", 1) or 1
     # Stable Diffusion asks for multiples of 8 whatever its decoder's factor.
@@ -196,6 +196,16 @@ def describe_pipeline(pipe: Any) -> dict[str, Any]:
         "scheduler_config": json.loads(json.dumps(config, default=str)),
         "weights": digest.hexdigest()[:16],
     }
+
+
+def describe_tensors(module: torch.nn.Module) -> str | None:
+    """A fingerprint of the weights and buffers of a loss (its target among them); ``None`` without any."""
+    digest, found = hashlib.sha256(), False
+    for name, value in [*module.named_parameters(), *module.named_buffers()]:
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(_sampled(value))
+        found = True
+    return digest.hexdigest()[:16] if found else None
 
 
 def describe_value(value: Any) -> Any:

@@ -93,7 +93,7 @@ def ambigram(
     }
     run = Run.open(
         "ambigram", settings, title=f"ambigram: {upright} upright, {upside_down} upside-down", prompt=[prompt],
-        seed=seed, out=out, resume=resume, unfingerprinted=("memory", "checkpoint_every"),
+        seed=seed, out=out, resume=resume,
     )  # fmt: skip
     examples = make_examples(pipe, [prompt], height, width, seed)
     objective = _Shifted(reader, jitter)
@@ -135,7 +135,7 @@ def successes(
     settings = {k: v for k, v in runs[0].record["settings"].items() if k != "seed"} | {"seeds": chosen}
     summary = Run.open(
         "ambigrams", settings, title=f"{len(chosen)} ambigrams: {upright} / {upside_down}",
-        prompt=runs[0].record["prompt"], seed=chosen[0], out=folder / "summary", unfingerprinted=("memory", "checkpoint_every"),
+        prompt=runs[0].record["prompt"], seed=chosen[0], out=folder / "summary",
     )  # fmt: skip
     with summary.writing():
         _summarise(summary, runs)

@@ -68,7 +68,8 @@ class Embedding:
         if base.shape[1] != pipe.tokenizer.model_max_length or base.shape[2] != self.vectors.shape[1]:
             raise UnsupportedError(
                 f"The embedding has vectors of {self.vectors.shape[1]} numbers for an encoder whose positions are "
-                f"tokens; this pipeline's output is {tuple(base.shape[1:])} for {pipe.tokenizer.model_max_length} tokens."
+                f"tokens; this pipeline's output is {tuple(base.shape[1:])} for "
+                f"{pipe.tokenizer.model_max_length} tokens."
             )
         vectors = self.vectors.to(base)
         rows = [

@@ -225,7 +225,7 @@ def invert(
     }
     run = Run.open(
         "invert", settings, title=f"invert to {variable.placeholder}: {prompts[0]}", seed=seed, out=out, resume=resume,
-        prompt=[e.prompt for e in groups[0]], unfingerprinted=("memory", "checkpoint_every"),
+        prompt=[e.prompt for e in groups[0]],
     )  # fmt: skip
     figures = {"vectors": len(variable.start), **encoder.figures()}
     return Descent(
