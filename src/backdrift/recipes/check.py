@@ -88,7 +88,7 @@ def check_gradient(
         )
         short = call | {"num_inference_steps": short_steps}
         slope, difference = against_differences(pipe, prompt, noise, objective, short, seed)
-        run.save_picture("picture", ours.images, f"the picture; {objective.spec} is {ours.loss:.4g} on it")
+        run.save_picture("picture", ours.images, f"the picture, on which {objective.spec} is {ours.loss:.4g}")
         size = ours.gradient[0].flatten(0, -3).norm(dim=0)
         caption = "how strongly each place of the noise pulls on the loss"
         run.save_picture("gradient", (size / size.max()).expand(3, *size.shape), caption)
