@@ -49,12 +49,26 @@ class Ambient:
         self._autocast_cache = torch.is_autocast_cache_enabled()
         self._accelerators = [d for d in devices if d.type in ("cuda", "xpu", "mps")]
         self._generators = [x for x in leaves if isinstance(x, torch.Generator)]
-        self._random = self._read_random()
+        self._random: list[torch.Tensor] | None = self._read_random()
+
+    def settle(self) -> None:
+        """After the call: if it drew no random numbers, a redo need not touch the generators, which other
+        threads may be drawing from."""
+        if self._random is not None:
+            now = self._read_random()
+            if all(torch.equal(a, b) for a, b in zip(self._random, now, strict=True)):
+                self._random = None
 
     def same_as(self, other: Ambient) -> bool:
         """Whether two snapshots are equal, so that one can stand for both."""
         mine = (self._switches, self._autocast, self._autocast_cache, self._accelerators, len(self._random))
-        theirs = (other._switches, other._autocast, other._autocast_cache, other._accelerators, len(other._random))
+        theirs = (
+            other._switches,
+            other._autocast,
+            other._autocast_cache,
+            other._accelerators,
+            len(other._random),
+        )
         return mine == theirs and all(map(torch.equal, self._random, other._random))
 
     def _read_random(self) -> list[torch.Tensor]:
@@ -73,12 +87,13 @@ class Ambient:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Inside the block all is as it was at the snapshot; afterwards as it was before the block."""
-        switches, random = [read() for read, _ in _SWITCHES], self._read_random()
+        switches = [read() for read, _ in _SWITCHES]
         with ExitStack() as stack:
-            stack.callback(self._write_random, random)
+            if self._random is not None:
+                stack.callback(self._write_random, self._read_random())
+                self._write_random(self._random)
             stack.callback(_write_switches, self._switches, switches)
             _write_switches(switches, self._switches)
-            self._write_random(self._random)
             for kind, enabled, dtype in self._autocast:
                 stack.enter_context(
                     torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=self._autocast_cache)

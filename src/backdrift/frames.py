@@ -120,6 +120,7 @@ class Frame:
 
     def finish(self) -> None:
         """The call has returned."""
+        self.ambient.settle()
         self._addresses.clear()
         self._counted.clear()
 
