@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint types figures clean
+.PHONY: install demo test lint types bench figures clean
 
 install: $(STAMP)
 
@@ -26,6 +26,13 @@ types: $(STAMP)
 
 test: lint types
 	$(BIN)/python -m pytest
+
+# Measures for a quarter of an hour and more; wants a machine that does nothing else.
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.exact_gradient $(ARGS)
+
+figures: $(STAMP)
+	$(BIN)/python -m benchmarks.figures --write
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -27,7 +27,6 @@ from .record import Figures, Record
 from .targets import targets
 
 RESULTS = Path(__file__).parent / "results"
-FLAT_TO = 64  # memory at "min" is also measured with this many steps
 
 
 class Bench:
@@ -53,7 +52,7 @@ class Bench:
                     self._memory(problem, steps, name)
             for name in ("exact-min", "checkpoint"):
                 if name in self.options.methods:
-                    self._memory(problem, FLAT_TO, name)
+                    self._memory(problem, self.options.flat_to, name)
         for wants in self.options.wants:
             problem = Problem(self.size, wants, self.device)
             for steps in self.options.steps:
@@ -169,6 +168,7 @@ def options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--long-repeats", type=int, default=5, help="repeats where there are 20 steps or more")
     parser.add_argument("--methods", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--wants", nargs="+", choices=WANTS, default=list(WANTS), help="gradients for everything, x_T alone")
+    parser.add_argument("--flat-to", type=int, default=64, help="steps up to which memory at 'min' is measured")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="3 repeats at 20 steps or more, one rung of the ladder")
     parser.add_argument("--small", action="store_true", help="a tiny network, to see that it runs; proves nothing")
