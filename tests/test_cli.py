@@ -77,6 +77,20 @@ def test_help_names_every_setting_with_its_default(name: str) -> None:
     assert "(default: 0)" in result.output  # of --seed: no default is eaten by the help's own markup
 
 
+def test_every_argument_of_the_library_is_a_setting() -> None:
+    import inspect
+
+    import backdrift
+    from backdrift.cli.invert import InvertSettings
+    from backdrift.cli.optimize import OptimizeSettings
+
+    only_python = {"pipe", "callback", "noise", "optimizer_kwargs", "pipeline_kwargs"}
+    wanted = set(inspect.signature(backdrift.optimize).parameters) - only_python
+    assert wanted <= set(OptimizeSettings.model_fields)
+    wanted = set(inspect.signature(backdrift.invert).parameters) - only_python - {"loss", "heldout_pairs"}
+    assert wanted <= set(InvertSettings.model_fields)
+
+
 def test_no_command_shows_the_help() -> None:
     assert "optimize" in call().output
 

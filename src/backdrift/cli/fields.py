@@ -64,6 +64,7 @@ class Descending(Sampling):
         description="Memory plan: auto, min, max, or a budget such as 6GiB.",
         json_schema_extra={"complete": ["auto", "min", "max", "4GiB", "8GiB", "16GiB"]},
     )
+    clamp: bool = Field(False, description="Clamp pictures to [0, 1] before the loss, which loses gradient.")
     checkpoint_every: int = Field(1, ge=1, description="Iterations between checkpoints.")
     resume: bool = Field(
         True, description="Continue the run that the folder holds, if its settings are the same."
@@ -77,7 +78,7 @@ class Descending(Sampling):
         """The keywords that ``bd.optimize`` and ``bd.invert`` share."""
         names = (
             "height", "width", "num_inference_steps", "steps", "seed", "optimizer", "lr", "lr_schedule",
-            "clip_grad", "patience", "minibatch", "chunk", "memory", "checkpoint_every", "resume", "out",
+            "clip_grad", "patience", "minibatch", "chunk", "memory", "clamp", "checkpoint_every", "resume", "out",
             "progress",
         )  # fmt: skip
         more = {"negative_prompt": self.negative_prompt} if self.negative_prompt is not None else None

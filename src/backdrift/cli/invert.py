@@ -75,6 +75,7 @@ def invert(settings: InvertSettings) -> None:
             pipe, settings.prompt, settings.effect, height=settings.height, width=settings.width,
             seeds=list(range(settings.seed, settings.seed + len(settings.prompt))),
             num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
+            pipeline_kwargs=settings.descent()["pipeline_kwargs"],
         )  # fmt: skip
     run = run_it(
         pipe,

@@ -35,13 +35,13 @@ class OptimizeSettings(Descending):
     batch_size: int = Field(1, ge=1, description="Pictures per prompt.")
     rank: int | None = Field(None, ge=1, description="Rank of a new LoRA, with --over lora.")
     noise_prior: float = Field(0.0, ge=0, description="Weight of the Gaussian prior on the noise.")
+    enough: float | None = Field(None, description="Stop when the score is at most this.")
     heldout: str | None = Field(
         None, description="A loss that is not optimised and decides which pictures are best."
     )
     heldout_prompts: Strings | None = Field(
         None, description="Further prompts to measure the held-out loss on (not over the noise)."
     )
-    clamp: bool = Field(False, description="Clamp pictures to [0, 1] before the loss, which loses gradient.")
 
 
 def optimize(settings: OptimizeSettings) -> None:
@@ -64,9 +64,9 @@ def optimize(settings: OptimizeSettings) -> None:
         rank=settings.rank,
         guidance_scale=settings.guidance_scale,
         noise_prior=settings.noise_prior,
+        enough=settings.enough,
         heldout=heldout,
         heldout_prompts=settings.heldout_prompts,
-        clamp=settings.clamp,
         **settings.descent(),
     )
     finish(run, settings, "optimize")

@@ -28,6 +28,7 @@ _ARGUMENTS = (
     "heldout",
     "heldout_prompts",
     "patience",
+    "enough",
     "minibatch",
     "chunk",
     "memory",
