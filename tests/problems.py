@@ -118,7 +118,9 @@ class ToyNetwork(nn.Module):
     """A small float64 network with what makes order of addition matter: a weight used three times in a call,
     conditioning used by two layers, x used twice, and dropout."""
 
-    def __init__(self, width: int = 16, dropout: float = 0.0, seed: int = 0, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self, width: int = 16, dropout: float = 0.0, seed: int = 0, dtype: torch.dtype = torch.float64
+    ) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

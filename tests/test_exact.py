@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from live_bytes import LiveBytes
-from problems import ToyNetwork, toy_denoiser, toy_inputs
-from tiny_pipelines import tiny_unet
 from torch import Tensor, nn
 
 from backdrift.denoiser import Denoiser
@@ -20,6 +17,9 @@ from backdrift.grids import TimeGrid
 from backdrift.sampling import Solution, sample
 from backdrift.schedules import VP, Flow
 from backdrift.solvers import RK4, AdamsBashforth, DPMSolverPP, Euler, Heun, Solver
+from live_bytes import LiveBytes
+from problems import ToyNetwork, toy_denoiser, toy_inputs
+from tiny_pipelines import tiny_unet
 
 GRID = TimeGrid("uniform", steps=5, start=1.0, end=0.05)
 SOLVERS = {"euler": Euler(), "rk4": RK4(), "ab4": AdamsBashforth(4), "dpmpp": DPMSolverPP()}
@@ -56,10 +56,21 @@ class UNetNetwork(nn.Module):
         return self.unet(x, 999 * t, cond).sample
 
 
-@pytest.mark.parametrize("name", SOLVERS)
-@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-def test_a_unet_gets_plain_autograds_bits_everywhere(name: str, guidance_scale: float) -> None:
+@pytest.mark.parametrize(
+    ("solver", "steps", "guidance_scale"),
+    [
+        (Euler(), 3, 1.0),
+        (Euler(), 3, 4.0),
+        (RK4(), 1, 4.0),
+        (AdamsBashforth(2), 3, 1.0),
+        (DPMSolverPP(), 3, 4.0),
+    ],
+)
+def test_a_unet_gets_plain_autograds_bits_everywhere(
+    solver: Solver, steps: int, guidance_scale: float
+) -> None:
     network = UNetNetwork()
+    grid = TimeGrid("uniform", steps, start=1.0, end=0.05)
     generator = torch.Generator().manual_seed(0)
     start, prompt = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 8, 16, generator=generator)
     empty = torch.randn(1, 8, 16, generator=generator)
@@ -68,9 +79,13 @@ def test_a_unet_gets_plain_autograds_bits_everywhere(name: str, guidance_scale: 
         network.zero_grad(set_to_none=True)
         x, c, u = (a.clone().requires_grad_() for a in (start, prompt, empty))
         model = Denoiser(network, VP.linear(), guidance_scale=guidance_scale, uncond=u)
-        solution = sample(model, x, c, solver=SOLVERS[name], grid=GRID, gradient=gradient)
+        solution = sample(model, x, c, solver=solver, grid=grid, gradient=gradient)
         (solution.x0**2).mean().backward()
-        return solution.x0.detach(), [x.grad, c.grad, u.grad, *(p.grad for p in network.parameters())], solution
+        return (
+            solution.x0.detach(),
+            [x.grad, c.grad, u.grad, *(p.grad for p in network.parameters())],
+            solution,
+        )
 
     state, plain, _ = run(Plain())
     assert sum(g is not None for g in plain) > 100
@@ -170,7 +185,9 @@ def test_gradients_match_finite_differences() -> None:
     numeric = {k: (value(1e-5, k) - value(-1e-5, k)) / 2e-5 for k in ("x", "prompt", "weight")}
     x.requires_grad_()
     cond["prompt"].requires_grad_()
-    (sample(toy_denoiser(network), x, cond, solver=RK4(), grid=GRID, gradient=Exact("min")).x0 ** 3).sum().backward()
+    (
+        sample(toy_denoiser(network), x, cond, solver=RK4(), grid=GRID, gradient=Exact("min")).x0 ** 3
+    ).sum().backward()
     found = {"x": x.grad, "prompt": cond["prompt"].grad, "weight": network.shared.weight.grad}
     for key, grad in found.items():
         assert grad is not None
@@ -266,7 +283,9 @@ def test_frozen_weights_cost_no_weight_gradients() -> None:
     assert live.peak < weight_bytes / 8
     assert all(p.grad is None for p in network.parameters())
     network.requires_grad_(False)
-    assert torch.equal(grad, torch.autograd.grad(sample(toy_denoiser(network), start, grid=GRID).x0.sum(), start)[0])
+    assert torch.equal(
+        grad, torch.autograd.grad(sample(toy_denoiser(network), start, grid=GRID).x0.sum(), start)[0]
+    )
 
 
 def test_nothing_is_left_when_the_solution_is_gone() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import cache
 
 import pytest
 import torch
-from problems import SCHEDULES, GaussianNetwork, MixtureNetwork, condition, smooth_grid, start_state
 from torch import Tensor
 
 import backdrift.solvers as package
@@ -18,8 +18,18 @@ from backdrift.gradients import Plain
 from backdrift.grids import TimeGrid
 from backdrift.sampling import sample
 from backdrift.schedules import VP, Flow
-from backdrift.solvers import RK4, AdamsBashforth, DPMSolverPP, Euler, ExplicitRungeKutta, Heun, Solver, Tableau
+from backdrift.solvers import (
+    RK4,
+    AdamsBashforth,
+    DPMSolverPP,
+    Euler,
+    ExplicitRungeKutta,
+    Heun,
+    Solver,
+    Tableau,
+)
 from backdrift.solvers.adams import adams_weights
+from problems import SCHEDULES, GaussianNetwork, MixtureNetwork, condition, smooth_grid, start_state
 
 SOLVERS: dict[str, Solver] = {
     "euler": Euler(),
@@ -39,7 +49,9 @@ def newcomers() -> dict[str, Solver]:
     """Solvers that the package exports and the list above does not have: measured without being listed."""
     known = {type(solver) for solver in SOLVERS.values()} | {Solver, ExplicitRungeKutta}
     exported = {name: getattr(package, name) for name in package.__all__}
-    found = {n: v for n, v in exported.items() if isinstance(v, type) and issubclass(v, Solver) and v not in known}
+    found = {
+        n: v for n, v in exported.items() if isinstance(v, type) and issubclass(v, Solver) and v not in known
+    }
     return {name: kind() for name, kind in found.items()}
 
 
@@ -102,7 +114,9 @@ def test_declared_order_is_measured_on_gaussian_data(schedule: str, form: str, n
     solver, steps = SOLVERS[name], STEPS[name]
     network = GaussianNetwork(SCHEDULES[schedule], PREDICTIONS[schedule])
     coarse, fine = (run(schedule, form, solver, n, network) for n in (steps, 2 * steps))
-    for what, slope in zip(("state", "x_T", "cond", "weights"), slopes(coarse, fine, known(schedule)), strict=True):
+    for what, slope in zip(
+        ("state", "x_T", "cond", "weights"), slopes(coarse, fine, known(schedule)), strict=True
+    ):
         assert abs(slope - solver.order) <= 0.25, (what, slope)
 
 
@@ -140,7 +154,7 @@ def test_euler_is_ddim(form: str) -> None:
     with torch.no_grad():
         found = sample(Denoiser(network, schedule), x, c, solver=Euler(), grid=grid, form=form).x0
         times = grid.nodes(schedule)
-        for t, s in zip(times[:-1], times[1:], strict=True):
+        for t, s in itertools.pairwise(times):
             eps = network(x, t.expand(2), c)
             x0 = (x - schedule.sigma(t) * eps) / schedule.alpha(t)
             x = schedule.alpha(s) * x0 + schedule.sigma(s) * eps
@@ -155,7 +169,7 @@ def test_dpm_solver_pp_2m_is_its_authors_recursion() -> None:
     with torch.no_grad():
         found = sample(Denoiser(network, schedule), x, c, solver=DPMSolverPP(), grid=grid).x0
         times, past, h_past = grid.nodes(schedule), None, 0.0
-        for t, s in zip(times[:-1], times[1:], strict=True):
+        for t, s in itertools.pairwise(times):
             x0 = (x - schedule.sigma(t) * network(x, t.expand(2), c)) / schedule.alpha(t)
             h = float(schedule.lam(s) - schedule.lam(t))
             r = h_past / h
@@ -188,7 +202,9 @@ def test_singular_ends_are_stepped_over_and_converge(form: str) -> None:
     with torch.no_grad():
         truth = network.solution(x, c, 1.0, 0.0)
         errors = [
-            float((sample(model, x, c, solver=Heun(), grid=TimeGrid("uniform", n), form=form).x0 - truth).norm())
+            float(
+                (sample(model, x, c, solver=Heun(), grid=TimeGrid("uniform", n), form=form).x0 - truth).norm()
+            )
             for n in (20, 40, 80)
         ]
     assert errors[2] < 2e-3
@@ -232,7 +248,9 @@ def test_adams_weights_integrate_cubics_exactly() -> None:
     weights = adams_weights(nodes, start, stop)
     for power in range(4):
         integral = (stop ** (power + 1) - start ** (power + 1)) / (power + 1)
-        assert sum(w * s**power for w, s in zip(weights, nodes, strict=True)) == pytest.approx(integral, rel=1e-13)
+        assert sum(w * s**power for w, s in zip(weights, nodes, strict=True)) == pytest.approx(
+            integral, rel=1e-13
+        )
     equal = adams_weights([-3.0, -2.0, -1.0, 0.0], 0.0, 1.0)
     assert equal == pytest.approx([-9 / 24, 37 / 24, -59 / 24, 55 / 24], rel=1e-13)
 

@@ -29,6 +29,7 @@ _EXPORTS: dict[str, str] = {
     "sample": "sampling",
     "Solution": "sampling",
     "as_denoiser": "pipelines.view",
+    "pipeline_grid": "pipelines.view",
     "load": "pipelines.load",
     "noise": "pipelines.load",
     "differentiable": "pipelines.differentiable",

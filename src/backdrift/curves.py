@@ -67,7 +67,9 @@ class MonotoneSpline:
         n = len(values)
         fine = torch.linspace(0, n - 1, 8 * (n - 1) + 1, dtype=torch.float64)
         if not bool((self.slope(fine) < 0).all()):
-            raise InputError("a spline through log(alphas_cumprod) is not monotone; use interpolation='linear'")
+            raise InputError(
+                "a spline through log(alphas_cumprod) is not monotone; use interpolation='linear'"
+            )
 
     def __call__(self, t: Tensor) -> Tensor:
         i = _piece(self.values, t)

@@ -201,5 +201,7 @@ class Denoiser:
         if found is None and isinstance(out, tuple | list) and out:
             found = out[0]
         if not isinstance(found, Tensor):
-            raise InputError(f"the network must return a tensor (or .sample, or a tuple); got {type(out).__name__}")
+            raise InputError(
+                f"the network must return a tensor (or .sample, or a tuple); got {type(out).__name__}"
+            )
         return found

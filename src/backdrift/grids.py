@@ -46,9 +46,13 @@ class TimeGrid:
         self._times: Tensor | None = None
         if isinstance(rule, str):
             if rule not in RULES:
-                raise InputError(f"the rule of a TimeGrid is one of {', '.join(RULES)} or the times; got {rule!r}")
+                raise InputError(
+                    f"the rule of a TimeGrid is one of {', '.join(RULES)} or the times; got {rule!r}"
+                )
             if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1 + clean_end:
-                raise InputError(f"TimeGrid({rule!r}) needs steps >= {1 + clean_end}, a whole number; got {steps!r}")
+                raise InputError(
+                    f"TimeGrid({rule!r}) needs steps >= {1 + clean_end}, a whole number; got {steps!r}"
+                )
             self.rule, self.steps = rule, steps
         else:
             self._times = torch.as_tensor(rule, dtype=torch.float64, device="cpu").detach().clone()
@@ -56,7 +60,9 @@ class TimeGrid:
             if steps is not None or start is not None or end is not None or clean_end:
                 raise InputError("explicit times say everything: leave out steps, start, end and clean_end")
             if self.steps < 1:
-                raise InputError(f"explicit times must be a row of at least 2; got shape {tuple(self._times.shape)}")
+                raise InputError(
+                    f"explicit times must be a row of at least 2; got shape {tuple(self._times.shape)}"
+                )
         if not (exponent > 0 and math.isfinite(exponent)):
             raise InputError(f"exponent must be positive; got {exponent!r}")
         self.start, self.end, self.clean_end, self.exponent = start, end, clean_end, float(exponent)

@@ -36,7 +36,9 @@ class Plan:
             network's prediction is blind at the first node.
     """
 
-    def __init__(self, solver: Solver, form: str, schedule: Schedule, prediction: str, times: Sequence[float]) -> None:
+    def __init__(
+        self, solver: Solver, form: str, schedule: Schedule, prediction: str, times: Sequence[float]
+    ) -> None:
         self.solver, self.schedule, self.prediction, self.times = solver, schedule, prediction, list(times)
         own = Form(form, schedule, prediction)
         solver.check_form(form)

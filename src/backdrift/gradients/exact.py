@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from .. import nests
 from ..ambient import Ambient
@@ -34,8 +35,8 @@ class Exact(GradientMethod):
 
     Args:
         memory: ``"min"``: one call's activations at a time; the last call's are kept, all others are
-            redone. ``"max"``: all are kept. Bytes or a size such as ``"6GiB"``: those of the last k calls are kept, k as
-            large as fits beside the run's latents, gradients in flight and the gradients of the weights.
+            redone. ``"max"``: all are kept. Bytes or a size such as ``"6GiB"``: those of the last k calls are kept, k
+            as large as fits beside the run's latents, gradients in flight and the gradients of the weights.
             ``"auto"``: a budget from the memory that is free when the run begins.
 
     Raises:
@@ -68,7 +69,7 @@ class _Context:
         self.modules = modules_of(model.network)
         self.weights = Weights(self.modules)
         trained = [p for _, m in self.modules for p in m.parameters() if p.requires_grad]
-        self.leaves = list({id(t): t for t in trained}.values())
+        self.leaves: list[Tensor] = list({id(t): t for t in trained}.values())
         self.loose: list[tuple[Tensor, int]] = []  # leaves the network uses that are in none of its modules
         self.thread = threading.get_ident()
 
@@ -120,7 +121,7 @@ class _Context:
         here = floor if threading.get_ident() == self.thread else None
         found, outside = reach(trace.out, here)
         known = {id(trace.x), *map(id, trace.leaves)}
-        missed = outside or [leaf for leaf in found if id(leaf) not in known]
+        missed: list[Tensor | Node] = [*outside, *(leaf for leaf in found if id(leaf) not in known)]
         if missed:
             raise MissingGradientError(
                 f"the network uses {describe(self.model.network, missed[0])} which it did not use in the run's first "

@@ -139,11 +139,13 @@ def _references(thing: Any) -> list[tuple[str, Any]]:
                 found.append((name, cell.cell_contents))
             except ValueError:  # a cell that is not filled yet
                 continue
-        found += [(name, thing.__globals__[name]) for name in thing.__code__.co_names if name in thing.__globals__]
+        found += [
+            (name, thing.__globals__[name]) for name in thing.__code__.co_names if name in thing.__globals__
+        ]
         defaults = [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
         return found + [(f"default {i}", value) for i, value in enumerate(defaults)]
-    call = getattr(type(thing), "__call__", None)
-    inside = _references(call) if isinstance(call, types.FunctionType) else []
+    own = vars(type(thing)).get("__call__")
+    inside = _references(own) if isinstance(own, types.FunctionType) else []
     return [*_state(thing), *inside]
 
 

@@ -30,7 +30,7 @@ Sums = list[Tensor | None]
 
 @dataclass
 class Trace:
-    """A network call with its graph: ``out`` computed from the leaf ``x`` and the leaves standing for shared tensors."""
+    """A network call with its graph: ``out``, computed from the leaf ``x`` and the shared tensors' ``leaves``."""
 
     out: Tensor
     x: Tensor
@@ -83,9 +83,7 @@ class Chain:
         """Which of the shared tensors this backward pass asks for. To be called inside it."""
         if task not in self._wanted:
             self._wanted[task] = [
-                i
-                for i, node in enumerate(self.nodes)
-                if torch._C._will_engine_execute_node(node)  # type: ignore[attr-defined]
+                i for i, node in enumerate(self.nodes) if torch._C._will_engine_execute_node(node)
             ]
             self._started[task] = time.perf_counter()
             torch.autograd.Variable._execution_engine.queue_callback(lambda: self._ended(task))
@@ -171,7 +169,13 @@ class Replay(torch.autograd.Function):
 
 
 def _differentiate(
-    chain: Chain, call: NetworkCall, x: Tensor, on_out: Tensor, wanted: list[int], sums: Sums | None, need_x: bool
+    chain: Chain,
+    call: NetworkCall,
+    x: Tensor,
+    on_out: Tensor,
+    wanted: list[int],
+    sums: Sums | None,
+    need_x: bool,
 ) -> tuple[Tensor | None, Sums]:
     """The vector–Jacobian product of one call, added to the running sums."""
     if not need_x and not wanted:
@@ -219,7 +223,7 @@ Measure = Callable[[], int]
 
 
 @contextmanager
-def measuring(known: set[int], found: dict[int, int]) -> Iterator[None]:
+def measuring(known: frozenset[int], found: dict[int, int]) -> Iterator[None]:
     """Inside the block, note the storages that autograd saves: their bytes in ``found``, but for those in ``known``."""
 
     def pack(tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ know nothing of pipelines.
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -130,7 +131,11 @@ def pipeline_grid(pipe: Any, num_inference_steps: int) -> TimeGrid:
         InputError: ``num_inference_steps`` is not positive.
         UnsupportedError: another family of pipeline, or a scheduler whose list of times repeats some (Heun, PNDM).
     """
-    if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+    if (
+        isinstance(num_inference_steps, bool)
+        or not isinstance(num_inference_steps, int)
+        or num_inference_steps < 1
+    ):
         raise InputError(f"num_inference_steps must be a whole number >= 1; got {num_inference_steps!r}")
     scheduler = copy.deepcopy(pipe.scheduler)
     if _family(pipe) == "sd3":
@@ -144,7 +149,7 @@ def pipeline_grid(pipe: Any, num_inference_steps: int) -> TimeGrid:
     _table(scheduler)
     scheduler.set_timesteps(num_inference_steps)
     times = [float(t) for t in scheduler.timesteps]
-    if any(a <= b for a, b in zip(times[:-1], times[1:], strict=True)):
+    if any(a <= b for a, b in itertools.pairwise(times)):
         raise UnsupportedError(
             f"{type(scheduler).__name__} asks the network more than once at a time, so its times are no grid; use "
             "a TimeGrid of your own, or DDIMScheduler.from_config(pipe.scheduler.config)"
@@ -202,9 +207,13 @@ def _conditioning(
     for text, name in ((prompt, "prompt"), (negative, "negative_prompt")):
         if text is not None and given[f"{name}_embeds"] is not None:
             raise InputError(f"give {name} or {name}_embeds, not both")
-    extra = [name for name, value in given.items() if value is not None and name.endswith("pooled_prompt_embeds")]
+    extra = [
+        name for name, value in given.items() if value is not None and name.endswith("pooled_prompt_embeds")
+    ]
     if extra and not pooled:
-        raise InputError(f"{extra[0]} is for Stable Diffusion 3; {type(pipe).__name__} has no pooled conditioning")
+        raise InputError(
+            f"{extra[0]} is for Stable Diffusion 3; {type(pipe).__name__} has no pooled conditioning"
+        )
     cond = _embeddings(pipe, pooled, prompt, given["prompt_embeds"], given["pooled_prompt_embeds"], "")
     if not guided:
         return cond, None
@@ -216,7 +225,9 @@ def _embeddings(
     pipe: Any, pooled: bool, text: Prompt, embeds: Tensor | None, pooled_embeds: Tensor | None, prefix: str
 ) -> dict[str, Tensor]:
     if pooled and (embeds is None) != (pooled_embeds is None):
-        raise InputError(f"Stable Diffusion 3 takes {prefix}prompt_embeds and {prefix}pooled_prompt_embeds together")
+        raise InputError(
+            f"Stable Diffusion 3 takes {prefix}prompt_embeds and {prefix}pooled_prompt_embeds together"
+        )
     if embeds is None:
         text = "" if text is None else text
         device = pipe._execution_device
@@ -230,4 +241,4 @@ def _embeddings(
     cond = {"encoder_hidden_states": embeds}
     if pooled_embeds is not None:
         cond["pooled_projections"] = pooled_embeds
-    return cond  # type: ignore[return-value]
+    return cond

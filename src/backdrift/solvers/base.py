@@ -52,7 +52,9 @@ class Solver(ABC):
             InputError: it is not.
         """
         if form not in self.forms:
-            raise InputError(f"{self!r} works on form={' or '.join(map(repr, self.forms))}; got form={form!r}")
+            raise InputError(
+                f"{self!r} works on form={' or '.join(map(repr, self.forms))}; got form={form!r}"
+            )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"

@@ -1,6 +1,6 @@
 """Explicit Runge–Kutta methods: one loop over a tableau.
 
-    k_i = drift(Y + h Σ_j a_ij k_j, s + c_i h),   Y' = Y + h Σ_i b_i k_i
+k_i = drift(Y + h Σ_j a_ij k_j, s + c_i h),   Y' = Y + h Σ_i b_i k_i
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Tableau:
     def __post_init__(self) -> None:
         rows_fit = [len(row) for row in self.a] == list(range(len(self.b))) and len(self.c) == len(self.b)
         if not rows_fit:
-            raise InputError("an explicit tableau has stages × stages entries below its diagonal, and b, c of that length")
+            raise InputError(
+                "an explicit tableau has stages × stages entries below its diagonal, and b, c of that length"
+            )
         if not math.isclose(sum(self.b), 1.0, abs_tol=1e-12):
             raise InputError(f"the weights b of a consistent method sum to 1; got {sum(self.b)!r}")
         if not all(math.isclose(sum(row), c, abs_tol=1e-12) for row, c in zip(self.a, self.c, strict=True)):
@@ -44,7 +46,9 @@ class Tableau:
 
 EULER = Tableau(((),), (1.0,), (0.0,))
 HEUN = Tableau(((), (1.0,)), (0.5, 0.5), (0.0, 1.0))
-CLASSIC = Tableau(((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6), (0.0, 0.5, 0.5, 1.0))
+CLASSIC = Tableau(
+    ((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6), (0.0, 0.5, 0.5, 1.0)
+)
 
 
 class ExplicitRungeKutta(Solver, Stepper):
