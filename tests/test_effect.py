@@ -19,8 +19,8 @@ CALL = {"num_inference_steps": 2, "seeds": [3, 4]}
 class Always(nn.Module):
     """Reads class 1 in whatever it sees."""
 
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.tensor([[0.0, 1.0]]).expand(len(images), 2)
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {"digit": torch.tensor([[0.0, 1.0]]).expand(len(images), 2)}
 
 
 def test_the_padding_itself_is_no_effect_and_the_words_own_output_is_the_effect() -> None:
