@@ -33,7 +33,7 @@ FLOORS: list[set[str]] = [
     {"pipelines"},
     {"verify"},
     {"guidance"},
-    {"progress"},
+    {"progress", "record"},
     {"run"},
     {"descent"},
     {"optimize"},

@@ -38,13 +38,20 @@ def test_a_writer_that_fails_leaves_the_old_file_and_no_rubbish(tmp_path: Path) 
 
 
 def test_other_settings_are_refused_by_name_and_nothing_is_touched(tmp_path: Path) -> None:
-    open_run(tmp_path / "a").save_record()
+    run = open_run(tmp_path / "a")
+    run.record["best"] = {"iteration": 0, "loss": 1.0, "heldout": None}
+    run.save_record()
     before = contents(tmp_path)
     with pytest.raises(InputError, match=r"lr: 0\.1 there, 0\.2 given"):
         open_run(tmp_path / "a", lr=0.2)
     with pytest.raises(InputError, match="resume=False"):
         Run.open("optimize", {}, title="t", prompt=["a two"], seed=0, out=tmp_path / "a", resume=False)
     assert contents(tmp_path) == before
+
+
+def test_a_run_that_failed_before_it_measured_anything_may_be_replaced(tmp_path: Path) -> None:
+    open_run(tmp_path / "a").save_record()
+    assert open_run(tmp_path / "a", lr=0.2).record["settings"]["lr"] == 0.2
 
 
 def test_settings_that_do_not_change_the_result_may_differ(tmp_path: Path) -> None:

@@ -49,16 +49,11 @@ The record (``record.json``, UTF-8, no NaN: an unknown number is ``null``)
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import importlib.metadata
 import json
-import math
-import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +63,19 @@ from torch import Tensor
 from .errors import InputError
 from .files import locked, write_atomically
 from .pictures import side_by_side, to_pil
+from .record import (
+    FORMAT,
+    NOT_DECISIVE,
+    difference,
+    fingerprint,
+    finite,
+    new_record,
+    nothing_done,
+    now,
+    versions,
+)
 
-FORMAT = "backdrift-run/1"
-#: settings that a result does not depend on
-NOT_DECISIVE = ("memory", "checkpoint_every")
-PACKAGES = ("backdrift", "torch", "diffusers", "transformers", "peft", "numpy", "safetensors")
+__all__ = ["Best", "Run", "fingerprint", "versions"]
 
 
 @dataclass(frozen=True)
@@ -136,27 +139,7 @@ class Run:
         fixed = {"kind": kind, "prompt": prompt, "seed": seed} | dict(settings)
         mark = fingerprint({k: v for k, v in fixed.items() if k not in unfingerprinted})
         folder = Path(out) if out is not None else Path("runs") / f"{kind}-{mark[:10]}"
-        now = _now()
-        record: dict[str, Any] = {
-            "format": FORMAT,
-            "kind": kind,
-            "title": title,
-            "status": "running",
-            "message": "",
-            "created": now,
-            "updated": now,
-            "prompt": prompt,
-            "seed": seed,
-            "settings": dict(settings),
-            "fingerprint": mark,
-            "versions": versions(),
-            "machine": {
-                "platform": platform.platform(),
-                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-                "threads": torch.get_num_threads(),
-            },
-            **_nothing_done(),
-        }
+        record = new_record(kind, settings, title=title, prompt=prompt, seed=seed, mark=mark)
         if folder.exists():
             earlier = cls._earlier(folder, record, resume)
             if earlier is not None:
@@ -182,7 +165,7 @@ class Run:
             if not old.finished and old.record["best"] is None:
                 return None  # it failed before it had measured anything: there is nothing to lose
             raise InputError(
-                f"{str(folder)!r} holds a run with other settings ({_difference(old.record, record)}). It was left "
+                f"{str(folder)!r} holds a run with other settings ({difference(old.record, record)}). It was left "
                 "as it is. Give another folder, or the same settings to continue it."
             )
         old.record["versions"] = record["versions"]
@@ -242,13 +225,13 @@ class Run:
 
     def clear(self) -> None:
         """Forget the results in the record, to begin anew with the same settings."""
-        self.record |= _nothing_done() | {"status": "running", "message": ""}
+        self.record |= nothing_done() | {"status": "running", "message": ""}
         self.save_record()
 
     def save_record(self) -> None:
         """Write ``record.json``."""
-        self.record["updated"] = _now()
-        text = json.dumps(_finite(self.record), ensure_ascii=False, indent=1, allow_nan=False)
+        self.record["updated"] = now()
+        text = json.dumps(finite(self.record), ensure_ascii=False, indent=1, allow_nan=False)
         write_atomically(self.folder / "record.json", lambda f: f.write(text.encode()), durable=True)
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -274,7 +257,7 @@ class Run:
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write all that a restart needs, in one file so that it is never half of one iteration."""
-        content = {"state": state, "record": json.dumps(_finite(self.record))}
+        content = {"state": state, "record": json.dumps(finite(self.record))}
         write_atomically(self.folder / "checkpoint.pt", lambda f: torch.save(content, f), durable=True)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
@@ -323,59 +306,3 @@ class Run:
         self.save_record()
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         _ = self.report
-
-
-def _nothing_done() -> dict[str, Any]:
-    return {
-        "iterations": [],
-        "best": None,
-        "pictures": {},
-        "tensors": {},
-        "files": {},
-        "stats": dict.fromkeys(("network_calls", "redone", "vjps", "peak_bytes", "seconds")),
-        "figures": {},
-    }
-
-
-def fingerprint(value: Any) -> str:
-    """SHA-256 of a JSON value, independent of the order of its keys."""
-    return hashlib.sha256(json.dumps(_finite(value), sort_keys=True).encode()).hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that a result depends on, as far as installed."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
-def _finite(value: Any) -> Any:
-    """The same JSON value with numbers that are not finite replaced by ``null``."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return value
-
-
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    def flat(record: dict[str, Any]) -> dict[str, Any]:
-        return {k: record[k] for k in ("kind", "prompt", "seed")} | _finite(record["settings"])
-
-    a, b = flat(old), flat(new)
-    names = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and k not in NOT_DECISIVE]
-    shown = [f"{k}: {_short(a.get(k))} there, {_short(b.get(k))} given" for k in names[:4]]
-    return "; ".join(shown) + ("; …" if len(names) > 4 else "")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
