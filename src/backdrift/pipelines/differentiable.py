@@ -20,7 +20,7 @@ from ..stats import RunStats
 from ..weights import Adapters
 from .outputs import SafetyBeside, first_tensor, to_pil, unclamped, with_flags
 from .reach import check_reached, wanted
-from .refusals import check_components, check_pipeline, image_processors, undecorated_call
+from .refusals import check_components, check_pipeline, image_processors, plain_class, undecorated_call
 from .shadow import Train, copied_scheduler, networks, shadow, trained_parameters
 
 __all__ = ["DifferentiableRun", "differentiable"]
@@ -115,7 +115,7 @@ class DifferentiableRun:
             _ENTERED[id(self.pipe)] -= 1
             if _ENTERED[id(self.pipe)] == 0:
                 del _ENTERED[id(self.pipe)]
-                self.pipe.__class__ = _plain_class(type(self.pipe))
+                self.pipe.__class__ = plain_class(type(self.pipe))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One differentiable call: the pipeline's own arguments, the pipeline's own output with a tensor."""
@@ -123,7 +123,7 @@ class DifferentiableRun:
             raise InputError("differentiable inside torch.inference_mode(): leave that, it forbids gradients")
         check_components(self.pipe)
         start = time.perf_counter()
-        call = undecorated_call(_plain_class(type(self.pipe)))
+        call = undecorated_call(plain_class(type(self.pipe)))
         bound = _bind(call, self.pipe, args, kwargs)
         latent = bound.arguments.get("output_type") == "latent"
         if not latent:
@@ -160,7 +160,7 @@ class DifferentiableRun:
         return self._flags
 
     def __repr__(self) -> str:
-        name = _plain_class(type(self.pipe)).__name__
+        name = plain_class(type(self.pipe)).__name__
         return f"DifferentiableRun({name}, memory={self._ledger.plan}, trained={len(self.trained)} weights)"
 
     def _clone(self) -> tuple[Any, SafetyBeside | None]:
@@ -168,7 +168,7 @@ class DifferentiableRun:
         trained = {id(p) for p in trained_parameters(self.pipe, self._train).values()}
         parts = networks(self.pipe)
         clone = copy.copy(self.pipe)
-        clone.__class__ = _plain_class(type(self.pipe))
+        clone.__class__ = plain_class(type(self.pipe))
         # Straight into __dict__: the pipeline's __setattr__ would edit the configuration that both share.
         own = clone.__dict__
         users = Adapters(list(parts.items()))
@@ -261,7 +261,3 @@ def _switching(base: type) -> type:
         "_backdrift_base": base,
     }
     return type(base.__name__, (base,), body)
-
-
-def _plain_class(cls: type) -> type:
-    return cls.__dict__.get("_backdrift_base", cls)

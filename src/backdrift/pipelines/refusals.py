@@ -29,6 +29,11 @@ _HARMLESS = {
 }
 
 
+def plain_class(cls: Any) -> Any:
+    """The pipeline's own class, where a block of ``differentiable`` has put another in its place."""
+    return cls.__dict__.get("_backdrift_base", cls)
+
+
 def undecorated_call(cls: type) -> Callable[..., Any]:
     """The pipeline's ``__call__`` without the ``no_grad`` around it.
 
@@ -56,7 +61,8 @@ def check_pipeline(pipe: Any) -> None:
     """
     from diffusers import DiffusionPipeline
 
-    cls, name = type(pipe), type(pipe).__name__
+    cls = plain_class(type(pipe))
+    name = cls.__name__
     if name.startswith("Onnx") or "ONNX" in name:
         raise UnsupportedError(f"{name} runs in ONNX, which has no gradients; load its PyTorch version")
     if "Modular" in name or any("Modular" in base.__name__ for base in cls.__mro__):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import difflib
 import fnmatch
+import functools
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -119,7 +120,22 @@ def shadow(module: nn.Module, trained: set[int]) -> nn.Module:
                 memo[id(child.__dict__[attribute])] = child.__dict__[attribute]
     for child in originals:
         memo[id(child)].__dict__.update({k: _attribute(k, v, memo) for k, v in child.__dict__.items()})
+        if type(child) is nn.Linear and child.weight.requires_grad and "forward" not in child.__dict__:
+            memo[id(child)].forward = functools.partial(_linear, memo[id(child)])
     return memo[id(module)]
+
+
+def _linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """What ``F.linear`` computes for a weight that requires grad, also when the shadow's does not.
+
+    On an input that is not contiguous (the decoder's attention) matmul folds the batch into the rows only for
+    such a weight; otherwise its gradient differs in the last digit from that of the user's own network.
+    """
+    weight, bias = layer.weight, layer.bias
+    if x.dim() < 3 or x.is_contiguous() or weight.requires_grad:
+        return nn.functional.linear(x, weight, bias)
+    out = torch.mm(x.reshape(-1, x.shape[-1]), weight.t()).view(*x.shape[:-1], weight.shape[0])
+    return out if bias is None else out + bias.to(out.dtype)
 
 
 def _attribute(key: str, value: Any, memo: dict[int, Any]) -> Any:
