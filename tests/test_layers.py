@@ -36,7 +36,7 @@ FLOORS: list[set[str]] = [
     {"progress", "record"},
     {"run"},
     {"descent"},
-    {"optimize"},
+    {"optimization"},
     {"recipes"},
     {"report"},
     {"cli"},
@@ -118,7 +118,7 @@ def test_the_rule_sees_lazy_relative_and_absolute_imports(
         "from .errors import InputError\n"
         "def f():\n    from .sampling import sample\n"
         "import backdrift.cli\n"
-        "from backdrift import optimize\n"
+        "from backdrift import optimization\n"
         "import backdrift\n"
         "if TYPE_CHECKING:\n    from .gradients import Exact\n"
     )
@@ -127,7 +127,7 @@ def test_the_rule_sees_lazy_relative_and_absolute_imports(
         (1, "errors"),
         (3, "sampling"),
         (4, "cli"),
-        (5, "optimize"),
+        (5, "optimization"),
         (6, ""),
     ]
     assert len(violations(copy)) == 4

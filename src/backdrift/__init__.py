@@ -33,7 +33,7 @@ _EXPORTS: dict[str, str] = {
     "load": "pipelines.load",
     "noise": "pipelines.load",
     "differentiable": "pipelines.differentiable",
-    "optimize": "optimize",
+    "optimize": "optimization",
     "Run": "run",
     "invert": "recipes.invert",
 }
