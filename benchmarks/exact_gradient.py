@@ -1,7 +1,7 @@
 """What the exact gradient costs: time, memory and network calls beside plain autograd and its peers.
 
     python -m benchmarks.exact_gradient            # 5 interleaved repeats at N = 4, 10, 31
-    python -m benchmarks.exact_gradient --quick    # the same methods, 3 repeats at N = 31
+    python -m benchmarks.exact_gradient --quick    # fewer budgets in between, 3 repeats at N = 31
     python -m benchmarks.exact_gradient --small    # a tiny network: only to see that it runs
 
 Every method differentiates the same run of the same network. A repeat times each method once, in an order
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from .record import Figures, Record
 from .targets import targets
 
 RESULTS = Path(__file__).parent / "results"
+LONG = 20  # from so many steps on, --long-repeats and --quick save time
 
 
 class Bench:
@@ -48,15 +50,20 @@ class Bench:
             problem = Problem(self.size, wants, self.device)
             self._one_step(problem)
             for steps in self.options.steps:
-                for name in self._in_need_order(self.options.methods):
+                for name in self._in_need_order(self._methods(steps)):
                     self._memory(problem, steps, name)
-            for name in ("exact-min", "checkpoint"):
+            for name in ("exact-min",) if self.options.quick else ("exact-min", "checkpoint"):
                 if name in self.options.methods:
                     self._memory(problem, self.options.flat_to, name)
         for wants in self.options.wants:
             problem = Problem(self.size, wants, self.device)
             for steps in self.options.steps:
                 self._times(problem, steps)
+
+    def _methods(self, steps: int) -> list[str]:
+        """What is measured with so many steps: in a quick run, long ones without "max" and what lies below it."""
+        left_out = {"exact-max", *LADDER} if self.options.quick and steps >= LONG else set()
+        return [name for name in self.options.methods if name not in left_out]
 
     @staticmethod
     def _in_need_order(names: list[str]) -> list[str]:
@@ -79,16 +86,22 @@ class Bench:
         problem.clear()
         peak = peak_bytes(lambda: self._differentiate(problem, steps, name), self.device)
         budget = self._budget(steps, problem.wants, name)
-        self._add_memory(problem, steps, name, peak_bytes=peak, **({"budget_bytes": budget} if budget else {}))
+        self._add_memory(
+            problem, steps, name, peak_bytes=peak, **({"budget_bytes": budget} if budget else {})
+        )
 
     def _add_memory(self, problem: Problem, steps: int, name: str, **cell: Any) -> None:
         self.record.add("memory", steps=steps, wants=problem.wants, method=name, **cell)
-        print(f"memory  N={steps:<3} {problem.wants:4} {name:12} {cell['peak_bytes'] / 1e6:9.1f} MB", flush=True)
+        print(
+            f"memory  N={steps:<3} {problem.wants:4} {name:12} {cell['peak_bytes'] / 1e6:9.1f} MB", flush=True
+        )
 
     def _times(self, problem: Problem, steps: int) -> None:
         wants, reference = problem.wants, None
-        repeats = self.options.repeats if steps < 20 else min(self.options.repeats, self.options.long_repeats)
-        names = ["forward", *self.options.methods]
+        repeats = (
+            min(self.options.repeats, self.options.long_repeats) if steps >= LONG else self.options.repeats
+        )
+        names = ["forward", *self._methods(steps)]
         for repeat in range(repeats):
             turned = names[repeat % len(names) :] + names[: repeat % len(names)]
             for name in turned:
@@ -100,7 +113,9 @@ class Bench:
                     reference = problem.gradients()
                 self._time(problem, steps, name, repeat, reference)
 
-    def _time(self, problem: Problem, steps: int, name: str, repeat: int, reference: dict[str, Tensor]) -> None:
+    def _time(
+        self, problem: Problem, steps: int, name: str, repeat: int, reference: dict[str, Tensor]
+    ) -> None:
         problem.clear()
         if name == "forward":
             with torch.no_grad():
@@ -111,7 +126,9 @@ class Bench:
             found = compare(problem.gradients(), reference)
         cell = {"repeat": repeat, "seconds": took, "calls": problem.network.calls, **found}
         self.record.add("times", steps=steps, wants=problem.wants, method=name, **cell)
-        print(f"time    N={steps:<3} {problem.wants:4} {name:12} {took:9.3f} s  repeat {repeat + 1}", flush=True)
+        print(
+            f"time    N={steps:<3} {problem.wants:4} {name:12} {took:9.3f} s  repeat {repeat + 1}", flush=True
+        )
 
     def _differentiate(self, problem: Problem, steps: int, name: str) -> None:
         chosen = method(name, self._budget(steps, problem.wants, name))
@@ -133,45 +150,69 @@ class Bench:
 
 def compare(gradients: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, Any]:
     """Whether all gradients equal plain autograd's bit for bit, and their relative errors in the 2-norm."""
-    equal = all(torch.equal(gradients[k].view(torch.int32), reference[k].view(torch.int32)) for k in reference)
+    equal = all(
+        torch.equal(gradients[k].view(torch.int32), reference[k].view(torch.int32)) for k in reference
+    )
     errors = {
-        k: float((gradients[k] - reference[k]).double().norm() / reference[k].double().norm()) for k in reference
+        k: float((gradients[k] - reference[k]).double().norm() / reference[k].double().norm())
+        for k in reference
     }
     return {"bits_equal": equal, "relative_error": errors}
 
 
 def summary(figures: Figures) -> str:
-    """Medians and ratios side by side, a block per case."""
+    """Medians and ratios side by side, a block per case. Times are also given in F, the forward run without grad."""
+    heads = ("method", "s", "/F", "/plain", "MB", "calls", "bits", "error of x_T")
     lines = []
     for steps, wants in figures.cases:
-        lines.append(f"\nN = {steps}, gradients for {wants}")
-        lines.append(f"{'method':12} {'s':>8} {'/F':>6} {'/plain':>7} {'MB':>8} {'calls':>6} {'bits':>6} {'error of x_T':>13}")
-        for name in figures.methods(steps, wants):
-            runs = figures.repeats(steps, wants, name)
-            ratios = [figures.ratio(steps, wants, name, to) for to in ("forward", "plain")]
-            peak = figures.peak(steps, wants, name)
-            lines.append(
-                f"{name:12} {figures.seconds(steps, wants, name):8.2f} "
-                + " ".join(f"{r:{w}.2f}" if r is not None else "-".rjust(w) for r, w in zip(ratios, (6, 7), strict=True))
-                + (f" {peak / 1e6:8.1f}" if peak is not None else f" {'-':>8}")
-                + f" {runs[0]['calls']:6d} {'same' if all(c['bits_equal'] for c in runs) else 'differ':>6}"
-                + f" {max(c['relative_error']['x_T'] for c in runs):13.1e}"
-            )
+        lines += [f"\nN = {steps}, gradients for {wants}", _row(heads)]
+        lines += [_row(_cells(figures, steps, wants, name)) for name in figures.methods(steps, wants)]
     return "\n".join(lines)
+
+
+def _cells(figures: Figures, steps: int, wants: str, name: str) -> tuple[str, ...]:
+    runs = figures.repeats(steps, wants, name)
+    ratios = [figures.ratio(steps, wants, name, to) for to in ("forward", "plain")]
+    peak = figures.peak(steps, wants, name)
+    return (
+        name,
+        f"{figures.seconds(steps, wants, name):.2f}",
+        *(f"{ratio:.2f}" if ratio is not None else "-" for ratio in ratios),
+        f"{peak / 1e6:.1f}" if peak is not None else "-",
+        str(runs[0]["calls"]),
+        "same" if all(run["bits_equal"] for run in runs) else "differ",
+        f"{max(run['relative_error']['x_T'] for run in runs):.1e}",
+    )
+
+
+def _row(cells: Sequence[str]) -> str:
+    first, *others = cells
+    widths = (8, 6, 7, 8, 6, 6, 13)
+    return f"{first:12}" + "".join(f" {cell:>{width}}" for cell, width in zip(others, widths, strict=True))
 
 
 def options(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.exact_gradient", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.exact_gradient", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 10, 31])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--long-repeats", type=int, default=5, help="repeats where there are 20 steps or more")
+    parser.add_argument(
+        "--long-repeats", type=int, default=5, help="repeats where there are 20 steps or more"
+    )
     parser.add_argument("--methods", nargs="+", choices=NAMES, default=list(NAMES))
-    parser.add_argument("--wants", nargs="+", choices=WANTS, default=list(WANTS), help="gradients for everything, x_T alone")
-    parser.add_argument("--flat-to", type=int, default=64, help="steps up to which memory at 'min' is measured")
+    parser.add_argument("--wants", nargs="+", choices=WANTS, default=list(WANTS), help="gradients for what")
+    parser.add_argument(
+        "--flat-to", type=int, default=64, help="steps up to which memory at 'min' is measured"
+    )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--quick", action="store_true", help="3 repeats at 20 steps or more, one rung of the ladder")
-    parser.add_argument("--small", action="store_true", help="a tiny network, to see that it runs; proves nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="one budget in between; with 20 steps or more 3 repeats, no max"
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="a tiny network, to see that it runs; proves nothing"
+    )
     parser.add_argument("--fresh", action="store_true", help="replace an older file")
     parser.add_argument("--out", type=Path, default=None)
     chosen = parser.parse_args(arguments)

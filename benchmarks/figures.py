@@ -82,7 +82,9 @@ def block(results: Path = RESULTS) -> str:
     rows = []
     for path in sorted(results.glob("*.json")):
         if path != main:
-            rows += [f"| {what} | {value} |" for what, value in json.loads(path.read_text()).get("figures", [])]
+            rows += [
+                f"| {what} | {value} |" for what, value in json.loads(path.read_text()).get("figures", [])
+            ]
     if rows:
         parts.append("\n".join(["| measured | |", "|---|---|", *rows]))
     return "".join(f"{part}\n\n" for part in parts)

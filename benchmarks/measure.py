@@ -51,7 +51,9 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
     recorded = profile.kineto_results.events()
     changes = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(recorded) if e.name() == "[memory]")
     if not changes:
-        raise RuntimeError("torch's profiler recorded no allocation: this version of torch records them elsewhere")
+        raise RuntimeError(
+            "torch's profiler recorded no allocation: this version of torch records them elsewhere"
+        )
     live = peak = 0
     for _, _, change in changes:
         live += change

@@ -27,7 +27,9 @@ def plot(figures: Figures, path: Path) -> None:
         _growth(right, figures, wants)
     processor, threads = figures.data["machine"]["processor"], figures.data["machine"]["threads"]
     device = figures.data["machine"]["accelerator"] or f"{processor}, {threads} threads"
-    shape.suptitle(f"{figures.data['settings']['parameters'] / 1e6:.1f} M parameters on {device}", fontsize=10)
+    shape.suptitle(
+        f"{figures.data['settings']['parameters'] / 1e6:.1f} M parameters on {device}", fontsize=10
+    )
     shape.tight_layout()
     shape.savefig(path, dpi=130, metadata={"Software": None})
     pyplot.close(shape)
@@ -45,7 +47,9 @@ def _trade(axis: Any, figures: Figures, steps: int, wants: str) -> None:
         found = point(name)
         if found:
             axis.plot(*found, "s", color=_COLOURS[name], label=_LABELS.get(name, name))
-    axis.set(xscale="log", xlabel="peak of live tensors beside the weights, MB", ylabel="time over plain autograd")
+    axis.set(
+        xscale="log", xlabel="peak of live tensors beside the weights, MB", ylabel="time over plain autograd"
+    )
     axis.set_title(f"gradients for {wants}, N = {steps}", fontsize=10)
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8, frameon=False)
@@ -62,6 +66,9 @@ def _growth(axis: Any, figures: Figures, wants: str) -> None:
     if one is not None:
         axis.axhline(one / 1e6, color="#999999", linestyle=":", label="one step's backpropagation")
     axis.set(xscale="log", yscale="log", xlabel="steps N", ylabel="peak of live tensors, MB")
+    ticks = sorted({n for name in _COLOURS for n in figures.steps_with_peak(wants, name)})
+    axis.set_xticks(ticks, map(str, ticks))
+    axis.minorticks_off()
     axis.set_title(f"gradients for {wants}: memory", fontsize=10)
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8, frameon=False)

@@ -25,24 +25,25 @@ class Size:
     side: int
 
     def unet(self) -> nn.Module:
-        """A Stable-Diffusion-like UNet2DConditionModel with random weights."""
+        """A UNet2DConditionModel with random weights; like SDXL's, it has no attention at the finest level."""
         from diffusers import UNet2DConditionModel
 
-        below = len(self.channels) - 1
-        return UNet2DConditionModel(
+        between = len(self.channels) - 2
+        unet: Any = UNet2DConditionModel(
             sample_size=self.side,
             block_out_channels=self.channels,
             layers_per_block=self.layers,
-            down_block_types=("CrossAttnDownBlock2D",) * below + ("DownBlock2D",),
-            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * below,
+            down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * between, "DownBlock2D"),
+            up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * between, "UpBlock2D"),
             cross_attention_dim=self.width,
             attention_head_dim=8,
             norm_num_groups=min(32, self.channels[0]),
-        ).eval()
+        )
+        return unet.eval()
 
 
-FULL = Size((96, 192, 288), layers=1, width=128, tokens=77, side=32)
-SMALL = Size((8, 16), layers=1, width=8, tokens=4, side=8)
+FULL = Size((64, 192, 320), layers=1, width=128, tokens=77, side=32)
+SMALL = Size((8, 16, 16), layers=1, width=8, tokens=4, side=8)
 
 
 class Counted(nn.Module):
@@ -93,7 +94,9 @@ class Problem:
 
     def denoiser(self, network: Any = None) -> bd.Denoiser:
         """The network, or a wrapper of it, with its schedule and guidance."""
-        return bd.Denoiser(network or self.network, self.schedule, guidance_scale=GUIDANCE, uncond=self.uncond)
+        return bd.Denoiser(
+            network or self.network, self.schedule, guidance_scale=GUIDANCE, uncond=self.uncond
+        )
 
     def times(self, steps: int) -> Tensor:
         """The nodes, falling: (steps + 1,) float64."""

@@ -74,7 +74,9 @@ class Figures:
     @property
     def cases(self) -> list[tuple[int, str]]:
         """(steps, wants) that were timed, in order."""
-        return sorted({(steps, wants) for steps, wants, _ in self._times}, key=lambda c: (c[1] != "all", c[0]))
+        return sorted(
+            {(steps, wants) for steps, wants, _ in self._times}, key=lambda c: (c[1] != "all", c[0])
+        )
 
     def methods(self, steps: int, wants: str) -> list[str]:
         """The methods timed there, in the order they were added."""

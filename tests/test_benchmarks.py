@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,10 @@ def hand_written(problem: Problem, steps: int) -> torch.Tensor:
     """DDIM with guidance from its definition, without a line of the package but the schedule."""
     times = problem.times(steps).tolist()
     x, both = problem.x_T, torch.cat([problem.uncond, problem.cond])
-    for t, s in zip(times[:-1], times[1:], strict=True):
-        (a, b), (c, d) = ((float(problem.schedule.alpha(u)), float(problem.schedule.sigma(u))) for u in (t, s))
+    for t, s in pairwise(times):
+        (a, b), (c, d) = (
+            (float(problem.schedule.alpha(u)), float(problem.schedule.sigma(u))) for u in (t, s)
+        )
         low, high = problem.network(torch.cat([x, x]), torch.full((2,), t), both).chunk(2)
         eps = low + GUIDANCE * (high - low)
         x = c * ((x - b * eps) / a) + d * eps
@@ -151,7 +154,12 @@ def made_up(**ratios: float) -> dict[str, Any]:
     ]  # fmt: skip
     memory = [
         {"steps": n, "wants": "all", "method": m, "peak_bytes": b}
-        for n, m, b in [(1, "one step", 100), (10, "exact-min", 115), (10, "torchdiffeq", 300), (10, "plain", 900)]
+        for n, m, b in [
+            (1, "one step", 100),
+            (10, "exact-min", 115),
+            (10, "torchdiffeq", 300),
+            (10, "plain", 900),
+        ]
     ]
     settings = {"parameters": 19_600_000, "latents": [1, 4, 32, 32], "latent_bytes": 1}
     about = {"processor": "P", "threads": 2, "accelerator": None, "torch": "2"}
@@ -168,7 +176,7 @@ def test_ratios_are_taken_within_a_round() -> None:
 def test_targets_pass_and_fail(ratio: float, met: bool) -> None:
     judged = {t.text: t for t in targets(Figures(made_up(**{"exact-min": ratio, "torchdiffeq": 1.5})))}
     assert judged["N=10 all: time of exact-min over plain"].met is met
-    assert judged["N=10 all: network calls of exact-min over N"].value == 2
+    assert judged["N=10 all: most network calls of a plan over N"].value == 2
     memory = judged["N=10 all: memory of exact-min, latents aside, over one step's backpropagation"]
     assert memory.value == pytest.approx((115 - 11) / 100)
     assert judged["N=10 all: memory of exact-min over torchdiffeq"].value == pytest.approx(115 / 300)
@@ -177,7 +185,9 @@ def test_targets_pass_and_fail(ratio: float, met: bool) -> None:
 def test_the_table_says_what_the_results_say(tmp_path: Path) -> None:
     data = made_up(**{"exact-min": 1.25, "torchdiffeq": 1.3})
     (tmp_path / "exact_gradient.json").write_text(json.dumps(data))
-    (tmp_path / "other.json").write_text(json.dumps({"figures": [["ambigrams that read both ways", "17 of 20"]]}))
+    (tmp_path / "other.json").write_text(
+        json.dumps({"figures": [["ambigrams that read both ways", "17 of 20"]]})
+    )
     text = readme.block(tmp_path)
     assert '| `Exact("min")` | 1.25 | 0 MB | 20 | the same bits |' in text
     assert "| torchdiffeq `odeint_adjoint` | 1.30 | 0 MB | 20 | relative error 30–30 % |" in text

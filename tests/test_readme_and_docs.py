@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 import typer
-from problems import SCHEDULES, GaussianNetwork, condition, start_state
 
 import backdrift as bd
 from backdrift.cli import app
 from backdrift.losses import registry
+from problems import SCHEDULES, GaussianNetwork, condition, start_state
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -52,7 +52,7 @@ def run(page: Path, given: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Descents of one iteration and two sampling steps, whatever the page says; runs are written to a scratch folder."""
+    """Descents of one iteration and two sampling steps, whatever the page says, in a scratch folder."""
     optimize = bd.optimize
 
     def shortened(*args: Any, **kwargs: Any) -> Any:
@@ -65,7 +65,7 @@ def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_the_readme_runs_on_the_built_in_pipeline(short: None) -> None:
     space = run(README, {})
     pipe, noise, unet = space["pipe"], space["noise"], space["unet"]
-    assert space["run"].record["status"] == "done"
+    assert space["run"].record["status"] == "finished"
     # What it says of the lines without backdrift: they give the same bits.
     noise.grad = None
     space["picture"].square().mean().backward()
@@ -77,7 +77,9 @@ def test_the_readme_runs_on_the_built_in_pipeline(short: None) -> None:
     assert torch.equal(noise.grad, theirs)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p != README and blocks(p, "python")], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if p != README and blocks(p, "python")], ids=lambda p: p.stem
+)
 def test_python_of_the_docs_runs(page: Path, short: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_KINDS", dict(registry._KINDS))
     pipe = bd.load()
@@ -93,9 +95,9 @@ def test_the_solvers_of_the_docs_are_the_known_ones() -> None:
     grid = bd.TimeGrid("quadratic", steps=12)
     ours, known = (sample(solver=s, grid=grid).x0 for s in (space["TwoStep"](), bd.AdamsBashforth(2)))
     torch.testing.assert_close(ours, known, rtol=1e-12, atol=1e-12)
-    # Ralston's method is exact where the drift is linear in time, and is not Heun's.
-    form = bd.sample(model, x, condition(), solver=space["ralston"], grid=grid).x0
-    assert 1e-9 < float((form - sample(solver=bd.Heun(), grid=grid).x0).norm()) < 1e-1
+    # Ralston's method is of order 2 like Heun's, and another one.
+    theirs = bd.sample(model, x, condition(), solver=space["ralston"], grid=grid).x0
+    assert 1e-9 < float((theirs - sample(solver=bd.Heun(), grid=grid).x0).detach().norm()) < 1e-1
 
 
 def options_of(command: Any) -> set[str]:
@@ -133,13 +135,17 @@ def test_make_targets_in_the_docs_exist() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text()))
-    missing = [link for link in links if "://" not in link and not (page.parent / link.split("#")[0]).exists()]
+    missing = [
+        link for link in links if "://" not in link and not (page.parent / link.split("#")[0]).exists()
+    ]
     assert not missing
 
 
 def test_every_page_of_the_docs_is_in_the_index() -> None:
     index = (ROOT / "docs" / "index.md").read_text()
-    assert [p.name for p in (ROOT / "docs").glob("*.md") if p.name not in index and p.name != "index.md"] == []
+    assert [
+        p.name for p in (ROOT / "docs").glob("*.md") if p.name not in index and p.name != "index.md"
+    ] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
