@@ -61,15 +61,10 @@ class Ambient:
 
     def same_as(self, other: Ambient) -> bool:
         """Whether two snapshots are equal, so that one can stand for both."""
-        mine = (self._switches, self._autocast, self._autocast_cache, self._accelerators, len(self._random))
-        theirs = (
-            other._switches,
-            other._autocast,
-            other._autocast_cache,
-            other._accelerators,
-            len(other._random),
-        )
-        return mine == theirs and all(map(torch.equal, self._random, other._random))
+        ours, theirs = self._random or [], other._random or []
+        mine = (self._switches, self._autocast, self._autocast_cache, self._accelerators, len(ours))
+        its = (other._switches, other._autocast, other._autocast_cache, other._accelerators, len(theirs))
+        return mine == its and all(map(torch.equal, ours, theirs))
 
     def _read_random(self) -> list[torch.Tensor]:
         states = [torch.get_rng_state()]
