@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import backdrift as bd
+
 from .measure import MALLOC, machine, peak_bytes, seconds
 from .methods import LADDER, NAMES, method
 from .problem import FULL, GUIDANCE, SMALL, WANTS, Problem
@@ -84,7 +86,11 @@ class Bench:
         if self.record.find("memory", steps=steps, wants=problem.wants, method=name):
             return
         problem.clear()
-        peak = peak_bytes(lambda: self._differentiate(problem, steps, name), self.device)
+        try:
+            peak = peak_bytes(lambda: self._differentiate(problem, steps, name), self.device)
+        except bd.errors.BudgetError:  # with few steps a rung can lie below the room that one call needs
+            print(f"memory  N={steps:<3} {problem.wants:4} {name:12} budget too small, left out", flush=True)
+            return
         budget = self._budget(steps, problem.wants, name)
         self._add_memory(
             problem, steps, name, peak_bytes=peak, **({"budget_bytes": budget} if budget else {})
@@ -101,7 +107,8 @@ class Bench:
         repeats = (
             min(self.options.repeats, self.options.long_repeats) if steps >= LONG else self.options.repeats
         )
-        names = ["forward", *self._methods(steps)]
+        ran = {cell["method"] for cell in self.record.find("memory", steps=steps, wants=wants)}
+        names = ["forward", *(name for name in self._methods(steps) if name in ran)]
         for repeat in range(repeats):
             turned = names[repeat % len(names) :] + names[: repeat % len(names)]
             for name in turned:

@@ -81,7 +81,7 @@ def test_torchdiffeq_solves_the_same_equation_and_its_gradient_converges(problem
             problem.loss(x0).backward()
             found.append((x0.detach(), problem.gradients()))
         (ours, exact), (theirs, adjoint) = found
-        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3)
         errors.append(compare(adjoint, exact)["relative_error"])
     for name in ("x_T", "cond", "weights"):  # first order: a quarter of the error, roughly
         assert errors[1][name] < 0.6 * errors[0][name], errors
