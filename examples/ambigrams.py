@@ -10,7 +10,7 @@ from backdrift.recipes import successes
 
 
 def main(
-    out: str = "runs/ambigrams", seeds: int = 20, steps: int = 50, num_inference_steps: int = 20
+    out: str = "runs/ambigrams", seeds: int = 20, steps: int = 50, num_inference_steps: int = 12
 ) -> bd.Run:
     run = successes(
         bd.load(), "two", "seven", seeds=seeds, steps=steps, num_inference_steps=num_inference_steps, out=out

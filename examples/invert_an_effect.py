@@ -21,7 +21,7 @@ def main(out: str = "runs/black-and-white", steps: int = 50, num_inference_steps
 
     embedding = load_embedding(run.folder / "embedding.safetensors")
     noise = bd.noise(pipe, seed=1)
-    prompt_embeds = embedding.apply(pipe, "a blue seven on brick", strict=False)
+    prompt_embeds = embedding.apply(pipe, "a blue seven on bricks", strict=False)
     picture = pipe(
         prompt_embeds=prompt_embeds, latents=noise, num_inference_steps=num_inference_steps
     ).images[0]

@@ -80,7 +80,7 @@ def test_the_classifier_reads_held_out_digits():
 
 def test_clip_finds_the_right_caption_among_a_hundred():
     clip, tokenizer = load_clip()
-    assert clip_training.retrieval(clip, tokenizer, rounds=3) >= 0.87
+    assert clip_training.retrieval(clip, tokenizer, rounds=3) >= 0.9
 
 
 def test_clip_and_pipeline_share_the_text_half():

@@ -60,7 +60,7 @@ def figures(name: str) -> dict[str, Any]:
     settings = SETTINGS[name]
     head = f"500 random captions, {settings['num_inference_steps']} steps, guidance {settings['guidance_scale']}: "
     return {
-        **{f"{head}right {k}": f"{v:.1%}" for k, v in found.items()},
+        **{f"{head}{k}, as named": f"{v:.1%}" for k, v in found.items()},
         "autoencoder, held-out pictures on flat backgrounds": f"{psnr(vae, flat=True):.1f} dB PSNR",
         "autoencoder, held-out pictures on photographs": f"{psnr(vae, flat=False):.1f} dB PSNR",
     }
@@ -87,7 +87,7 @@ def write_card(name: str) -> None:
         f"`python -m training {command}` from the repository's root. Time on a CPU, one core each, beside other "
         f"work: {trained}.",
         "",
-        "## Measured (`python -m training cards`)",
+        "## Measured quality (`python -m training cards`)",
         *(f"- {k}: {v}" for k, v in figures(name).items()),
         "",
         "## Licence",

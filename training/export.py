@@ -135,5 +135,7 @@ def export() -> None:
         if (WORK / f"{name}-done.pt").exists():
             write()
             print(f"exported {name}")
+    for path in ASSETS.rglob("*.safetensors"):
+        path.chmod(0o644)  # safetensors are written for their owner alone
     size = sum(p.stat().st_size for p in ASSETS.rglob("*") if p.is_file()) / 2**20
     print(f"assets: {size:.1f} MiB")

@@ -39,7 +39,7 @@ _EXPORTS: dict[str, str] = {
 }
 _MODULES = ("errors", "losses", "memory", "recipes", "report")
 
-__all__ = ["__version__", *_EXPORTS, *_MODULES]  # noqa: PLE0604
+__all__ = ["__version__", *_EXPORTS, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

@@ -41,15 +41,15 @@ def ambigram(
     upright: str = "two",
     upside_down: str = "seven",
     *,
-    prompt: str = "a red digit on white",
+    prompt: str | None = None,
     loss: Ambigram | None = None,
     height: int | None = None,
     width: int | None = None,
     num_inference_steps: int = 31,
-    guidance_scale: float = 3.0,
+    guidance_scale: float = 2.0,
     steps: int = 50,
     seed: int = 0,
-    lr: float = 0.05,
+    lr: float = 0.1,
     noise_prior: float = 0.01,
     enough: float | None = 0.05,
     jitter: int = 2,
@@ -64,7 +64,7 @@ def ambigram(
 
     Args:
         upright, upside_down: classes of the classifier.
-        prompt: what the sampler is told; it need not name a digit.
+        prompt: what the sampler is told; default ``"a red <upright> on white"``.
         loss: an :class:`~backdrift.losses.Ambigram`; default one on the built-in classifier.
         enough: stop when loss and prior together are this small (``None``: use all ``steps``).
         jitter: the loss sees the picture shifted at random by up to so many pixels (0: as it is).
@@ -75,6 +75,7 @@ def ambigram(
         The run; its figures say how both were read (``"ours reads"``, ``"one-step guidance reads"``).
     """
     reader = loss if loss is not None else Ambigram(upright, upside_down)
+    prompt = prompt if prompt is not None else f"a red {upright} on white"
     height, width = picture_size(pipe, height, width)
     if not 0 <= jitter < min(height, width) // 4:
         raise InputError(f"jitter={jitter} must be between 0 and {min(height, width) // 4 - 1} pixels.")
