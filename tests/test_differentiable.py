@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import backdrift as bd
 from backdrift.errors import BudgetError
-from live_bytes import LiveBytes
+from tensor_bytes import TensorBytes
 from tiny_pipelines import (
     LATENT,
     PICTURE,
@@ -121,7 +121,6 @@ def test_bits_of_plain_autograd_with_every_scheduler(sd: Any, scheduler: str) ->
         assert torch.equal(ours, images)
         assert_equal(found, grads)
         assert run.stats.calls_redone == run.stats.calls_forward - run.stats.calls_kept
-    # LMS fits its coefficients with scipy where it is there; Heun and PNDM call more often than they step.
     assert run.stats.calls_forward >= 4
 
 
@@ -201,12 +200,11 @@ def test_accumulation_over_calls_in_one_block(sd: Any, memory: Any) -> None:
             with bd.differentiable(sd, memory=memory, train="unet", clamp=True):
                 losses = [loss_of(sd(**arguments).images) for arguments in (first, second)]
         else:
-            sd.vae.requires_grad_(False), sd.text_encoder.requires_grad_(False)
             losses = [loss_of(plain(sd, **arguments)) for arguments in (first, second)]
         for loss in losses:
             loss.backward()
         grads.append([first["latents"].grad, *(p.grad for p in sd.unet.parameters())])
-        sd.vae.requires_grad_(True), sd.text_encoder.requires_grad_(True)
+        sd.vae.zero_grad()
         for parameter in sd.unet.parameters():
             parameter.grad = None
     assert_equal(*grads)
@@ -283,7 +281,7 @@ def peak(pipe: Any, memory: Any, train: str | None, steps: int = 6) -> tuple[int
     for network in (v for v in vars(pipe).values() if isinstance(v, torch.nn.Module)):
         network.zero_grad(set_to_none=True)
     arguments, _ = call_arguments(pipe, steps=steps)
-    with LiveBytes() as live:
+    with TensorBytes() as live:
         run = bd.differentiable(pipe, memory=memory, train=train)
         run(**arguments).images.square().mean().backward()
     return live.peak, run.stats
@@ -295,7 +293,7 @@ def test_live_tensor_bytes_stay_within_the_budget(build: Any, train: str | None)
     pipe = build()
     train = train and denoiser(pipe)[0]
     least, redone = smallest(pipe, train), []
-    for factor in (1.0, 1.6, 2.5, 4.0):
+    for factor in (1.0, 2.5, 6.5):
         budget = int(least * factor)
         used, stats = peak(pipe, budget, train)
         assert used <= 1.05 * budget
@@ -303,7 +301,7 @@ def test_live_tensor_bytes_stay_within_the_budget(build: Any, train: str | None)
         assert stats.calls_redone == 6 - stats.calls_kept
     assert redone[0] == 6
     assert redone == sorted(redone, reverse=True)
-    assert redone[-1] <= 1
+    assert redone[-1] == 0
     with pytest.raises(BudgetError):
         peak(pipe, int(0.97 * least), train)
 

@@ -13,7 +13,7 @@ from torch import nn
 from backdrift.budget import available_bytes, format_size, parse_size
 from backdrift.errors import BackdriftError, BudgetError, StateChangedError
 from backdrift.memory import Ledger, MemoryPlan
-from live_bytes import LiveBytes
+from tensor_bytes import TensorBytes
 
 CALLS = 6
 
@@ -268,7 +268,7 @@ def test_redone_calls_are_the_fewest_that_the_budget_allows() -> None:
 def test_live_tensor_bytes_stay_within_the_budget(factor: float) -> None:
     budget = int(smallest() * factor)
     net, x, cond = problem()
-    with LiveBytes() as live:
+    with TensorBytes() as live:
         sample(net, x, cond, Ledger(budget)).square().sum().backward()
     assert live.peak <= 1.05 * budget
 
