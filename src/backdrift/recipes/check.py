@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,33 +123,15 @@ def pull(
 
 
 def pull_plainly(pipe: Any, prompt: str, noise: Tensor, loss: Loss, call: dict[str, Any]) -> Pulled:
-    """The gradient by the pipeline's own call with gradients on, all activations kept.
-
-    The weights are frozen meanwhile, as they are in :func:`pull`: diffusers loads them as requiring grad, and
-    PyTorch then adds up the gradient of the activations in another order (the last bits differ).
-    """
+    """The gradient by the pipeline's own call with gradients on, all activations kept."""
     held = pull(pipe, prompt, noise, loss, call, "max").stats  # only to learn what plain autograd holds
     began = time.perf_counter()
     leaf = noise.detach().clone().requires_grad_()
-    with frozen(pipe), torch.enable_grad():
+    with torch.enable_grad():
         out = undecorated_call(type(pipe))(
             pipe, prompt=prompt, latents=leaf, **_random(call), output_type="pt"
         )
         return _pulled(out.images, leaf, loss(out.images, prompt), began, held)
-
-
-@contextmanager
-def frozen(pipe: Any) -> Iterator[None]:
-    """Let no weight of the pipeline require grad, and put that back at the end."""
-    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    asked = [p for module in modules for p in module.parameters() if p.requires_grad]
-    try:
-        for parameter in asked:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in asked:
-            parameter.requires_grad_(True)
 
 
 def against_differences(
