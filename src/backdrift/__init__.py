@@ -37,7 +37,7 @@ _EXPORTS: dict[str, str] = {
     "Run": "run",
     "invert": "recipes.invert",
 }
-_MODULES = ("errors", "losses", "memory", "recipes", "report")
+_MODULES = ("errors", "gradients", "losses", "memory", "recipes", "report", "solvers")
 
 __all__ = ["__version__", *_EXPORTS, *_MODULES]
 
