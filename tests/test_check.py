@@ -69,3 +69,16 @@ def test_the_comparison_with_plain_autograd_notices_one_bit(
     )
     assert run.record["figures"]["same bits as plain autograd"] == "no"
     assert run.record["figures"]["largest difference to plain autograd"] > 0
+
+
+def test_the_scheduler_keeps_no_graph_of_the_check(tmp_path: Path) -> None:
+    from diffusers import DPMSolverMultistepScheduler
+
+    pipe = tiny_sd()
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    run = check_gradient(
+        pipe, "a b", "brightness", num_inference_steps=3, short_steps=2, out=tmp_path / "run"
+    )
+    assert run.record["figures"]["same bits as plain autograd"] == "yes"
+    kept = [x for x in pipe.scheduler.model_outputs if x is not None]
+    assert not any(x.requires_grad for x in kept)

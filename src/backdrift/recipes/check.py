@@ -22,6 +22,7 @@ from ..descent.subject import describe_pipeline, make_examples, picture_size, sa
 from ..losses import Loss, resolve
 from ..pipelines.differentiable import differentiable
 from ..pipelines.refusals import undecorated_call
+from ..pipelines.shadow import copied_scheduler
 from ..run import Run
 from ..stats import RunStats
 
@@ -127,9 +128,12 @@ def pull_plainly(pipe: Any, prompt: str, noise: Tensor, loss: Loss, call: dict[s
     held = pull(pipe, prompt, noise, loss, call, "max").stats  # only to learn what plain autograd holds
     began = time.perf_counter()
     leaf = noise.detach().clone().requires_grad_()
+    # Multistep schedulers keep the last outputs, here with all their graphs: not in the user's scheduler.
+    own = copy.copy(pipe)
+    own.__dict__["scheduler"] = copied_scheduler(pipe.scheduler)
     with torch.enable_grad():
         out = undecorated_call(type(pipe))(
-            pipe, prompt=prompt, latents=leaf, **_random(call), output_type="pt"
+            own, prompt=prompt, latents=leaf, **_random(call), output_type="pt"
         )
         return _pulled(out.images, leaf, loss(out.images, prompt), began, held)
 
