@@ -13,7 +13,7 @@ from .config import Settings
 from .pipeline import open_pipeline
 
 INTRO = (
-    "Three things that need a gradient through a whole sampling run, done just now on this machine with the small "
+    "Three things done with a gradient through a whole sampling run, just now on this machine, with the small "
     "pipeline that ships with backdrift: the gradient itself, checked; a picture that reads one digit upright and "
     "another upside-down; and an embedding that learned an effect from examples."
 )

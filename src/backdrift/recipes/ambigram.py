@@ -1,6 +1,6 @@
 """An ambigram: noise whose finished picture reads one digit upright and another upside-down.
 
-Only a loss on the *finished* picture can ask for this, since no prompt does: the cross-entropy of a classifier for
+No prompt asks for this; a loss on the *finished* picture does: the cross-entropy of a classifier for
 ``upright`` on the picture plus that for ``upside_down`` on the picture turned by 180 degrees, descended through the
 whole sampling run. Beside it, the same seconds are spent on one-step guidance (:mod:`~.one_step`).
 
