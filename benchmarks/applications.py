@@ -89,7 +89,7 @@ def inversion(
         measured[effect] = {"loss before": first, "best loss": best, **found}
         measure = "saturation" if effect == "in black and white" else "high-frequency energy"
         plain, words, ours = (f"{found[f'{measure}: {k}']:.3g}" for k in ("plain", "words", "embedding"))
-        text = f"loss −{1 - best / first:.0%}; on {len(prompts)} unseen pairs {measure} {plain} → {ours} "
+        text = f"loss −{1 - best / first:.1%}; on {len(prompts)} unseen pairs {measure} {plain} → {ours} "
         text += f"(the words: {words}), digit right in {found['right: embedding']:.0%}"
         rows.append([f'"{effect}" inverted into {slots} slots', text])
         print(effect, json.dumps(measured[effect], indent=1))
