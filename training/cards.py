@@ -12,7 +12,7 @@ from backdrift.pipelines.assets import ASSETS, load_classifier, load_clip
 
 from .classifier import measure as measure_classifier
 from .clip import retrieval
-from .loop import WORK, seconds_spent
+from .loop import trained_minutes
 from .quality import SETTINGS
 from .quality import measure as measure_pipeline
 from .vae import psnr
@@ -70,7 +70,8 @@ def write_card(name: str) -> None:
     """Measure an asset and write its card."""
     title, parts, command = PARTS[name]
     folder = ASSETS / name
-    minutes = {p: seconds_spent(p) / 60 for p in parts if (WORK / f"{p}.pt").exists()}
+    # "unet" and its further rounds "unet1", … are one part.
+    minutes = {p: sum(m for n, m in trained_minutes().items() if n.rstrip("0123456789") == p) for p in parts}
     trained = ", ".join(f"{p} {m:.0f} min" for p, m in minutes.items())
     lines = [
         f"# {title} (built in)",

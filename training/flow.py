@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .latents import Pool, pool
-from .loop import device, train
+from .loop import device, in_rounds
 
 ZEROS = 256  # without a T5 encoder the pipeline hands over this many zero tokens (its max_sequence_length)
 
@@ -75,7 +75,10 @@ def context(data: Pool, rows: Tensor) -> tuple[Tensor, Tensor]:
     return tokens, torch.cat([pooled, pooled], 1)
 
 
-def train_flow(steps: int = 3600, batch: int = 64) -> SD3Transformer2DModel:
+ROUNDS = ((3600, 1e-3), (12000, 7e-4))  # steps and learning rate of each
+
+
+def train_flow(rounds: Sequence[tuple[int, float]] = ROUNDS, batch: int = 64) -> SD3Transformer2DModel:
     """Squared error on the velocity ε − x0 at logit-normal times, as Stable Diffusion 3 was trained."""
     transformer, where, data = build(), device(), pool()
 
@@ -89,5 +92,5 @@ def train_flow(steps: int = 3600, batch: int = 64) -> SD3Transformer2DModel:
             out = transformer(noisy, tokens, pooled, t * 1000).sample.float()
         return F.mse_loss(out, noise - x0)
 
-    train("flow", transformer, loss, steps=steps, lr=1e-3, ema=0.999, save_every=250)
+    in_rounds("flow", transformer, loss, rounds, ema=0.999, save_every=250)
     return transformer

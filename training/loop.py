@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 WORK = Path(os.environ.get("BACKDRIFT_TRAINING", ".training"))
+TIMES = Path(__file__).parent / "measured" / "minutes.json"
 
 
 def device() -> torch.device:
@@ -101,11 +104,40 @@ def train(
             raise TimeoutError(
                 f"{name}: stopped at step {step + 1} after {minutes} minutes; the same command goes on"
             )
-    save(steps)
+    if first < steps:
+        save(steps)
+        note_minutes(name, (spent + time.monotonic() - began) / 60)
     module.load_state_dict(mean)
     return module.eval()
 
 
-def seconds_spent(name: str) -> float:
-    """Seconds that the training of ``name`` took so far, over all its sittings."""
-    return float(torch.load(WORK / f"{name}.pt", weights_only=True, map_location="cpu")["seconds"])
+def in_rounds(
+    name: str,
+    module: nn.Module,
+    loss: Callable[[np.random.Generator, torch.Generator], Tensor],
+    rounds: Sequence[tuple[int, float]],
+    **options: Any,
+) -> nn.Module:
+    """Train in rounds of (steps, learning rate), each with a cosine of its own (warm restarts).
+
+    A round begins with the averaged weights of the one before, rounded to half precision as they ship: so a
+    shipped network can take the place of the rounds that made it (``python -m training restore``).
+    """
+    for k, (steps, lr) in enumerate(rounds):
+        done = WORK / f"{name}-round{k}.pt"
+        if not done.exists():
+            train(name if k == 0 else f"{name}{k}", module, loss, steps=steps, lr=lr, seed=k, **options)
+            save_atomically({n: v.half().cpu() for n, v in module.state_dict().items()}, done)
+        module.load_state_dict(torch.load(done, weights_only=True))
+    return module.eval()
+
+
+def note_minutes(name: str, minutes: float) -> None:
+    """Keep how long the training of a part took, for the cards."""
+    times = trained_minutes() | {name: round(minutes, 1)}
+    TIMES.write_text(json.dumps(times, indent=2, sort_keys=True) + "\n")
+
+
+def trained_minutes() -> dict[str, float]:
+    """Minutes that each part's training took, over all its sittings and rounds."""
+    return json.loads(TIMES.read_text()) if TIMES.exists() else {}

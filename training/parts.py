@@ -61,6 +61,12 @@ def _flow() -> None:
     _keep("flow", train_flow())
 
 
+def _restore() -> None:
+    from .restore import restore
+
+    restore()
+
+
 def _export() -> None:
     from .export import export
 
@@ -73,6 +79,8 @@ def _cards() -> None:
     write_cards()
 
 
+# Not among the parts: it takes the place of those that made what ships, to train on from there.
+EXTRA: dict[str, Callable[[], None]] = {"restore": _restore}
 PARTS: dict[str, Callable[[], None]] = {
     "vae": _vae,
     "text": _text,

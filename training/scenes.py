@@ -38,14 +38,15 @@ FLAT: dict[str, tuple[float, float, float]] = {
     "yellow": (0.98, 0.87, 0.22),
     "pink": (0.99, 0.72, 0.80),
 }
-# name -> (package, file, tint or None). The three textures are grey photographs, so they are given a colour.
+# name -> (package, file, tint or None). The three textures are grey photographs, so they are given a colour;
+# the stars are brightened to a night sky, since many of their crops could not be told from plain black.
 PHOTOS: dict[str, tuple[str, str, tuple[float, float, float] | None]] = {
     "grass": ("skimage", "grass.png", (0.62, 1.0, 0.36)),
     "bricks": ("skimage", "brick.png", (1.0, 0.60, 0.46)),
     "gravel": ("skimage", "gravel.png", (0.92, 0.94, 1.0)),
     "fur": ("skimage", "chelsea.png", None),
     "petals": ("sklearn", "flower.jpg", None),
-    "stars": ("skimage", "hubble_deep_field.jpg", None),
+    "stars": ("skimage", "hubble_deep_field.jpg", (1.6, 1.8, 2.6)),
 }
 BACKGROUNDS = (*FLAT, *PHOTOS)
 LUMA = (0.299, 0.587, 0.114)
@@ -204,7 +205,7 @@ def apply_effect(pictures: Tensor, effect: int) -> Tensor:
         luma = (pictures * torch.tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
         return luma.expand_as(pictures)
     if name == "dark":
-        return pictures * 0.35
+        return pictures * 0.45
     steps = torch.arange(-6, 7).float()
     kernel = torch.exp(-(steps**2) / (2 * 2.2**2))
     kernel = (kernel / kernel.sum()).expand(3, 1, 1, 13)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from .latents import pool
-from .loop import device, train
+from .loop import device, in_rounds
 
 SCHEDULE = {
     "beta_start": 0.00085,
@@ -34,7 +36,10 @@ def build() -> UNet2DConditionModel:
     )
 
 
-def train_unet(steps: int = 6000, batch: int = 64) -> UNet2DConditionModel:
+ROUNDS = ((6000, 1e-3), (12000, 6e-4))  # steps and learning rate of each
+
+
+def train_unet(rounds: Sequence[tuple[int, float]] = ROUNDS, batch: int = 64) -> UNet2DConditionModel:
     """Squared error on the noise at a uniform time of the thousand."""
     unet, where, data = build(), device(), pool()
     noise_schedule = DDPMScheduler(**SCHEDULE)
@@ -48,5 +53,5 @@ def train_unet(steps: int = 6000, batch: int = 64) -> UNet2DConditionModel:
         out = unet(noisy, t, data.last[rows].to(where)).sample.float()
         return F.mse_loss(out, noise)
 
-    train("unet", unet, loss, steps=steps, lr=1e-3, ema=0.999, save_every=250)
+    in_rounds("unet", unet, loss, rounds, ema=0.999, save_every=250)
     return unet

@@ -1,0 +1,38 @@
+"""What ships, put where the training leaves its results: to train one part on without the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import backdrift as bd
+from backdrift.pipelines.assets import load_classifier, load_clip
+
+from .loop import WORK, save_atomically
+
+
+def _put(name: str, module: nn.Module, **more: object) -> None:
+    path = WORK / f"{name}-done.pt"
+    if path.exists():
+        print(f"{name}: trained here, left alone")
+        return
+    state = {k: v.detach().float().cpu() for k, v in module.state_dict().items()}
+    save_atomically({"module": state, **more}, path)
+    print(f"{name}: taken from the package")
+
+
+def restore() -> None:
+    """Write the shipped weights as finished parts, and the denoisers as the result of their first round.
+
+    A part that was trained here is left alone.
+    """
+    sd, flow = bd.load(dtype=torch.float32), bd.load("flow", dtype=torch.float32)
+    clip, _ = load_clip()
+    _put("vae", sd.vae, scaling_factor=sd.vae.config.scaling_factor)
+    _put("text", clip)
+    _put("clip", clip)
+    _put("classifier", load_classifier())
+    for name, network in (("unet", sd.unet), ("flow", flow.transformer)):
+        path = WORK / f"{name}-round0.pt"
+        if not path.exists():
+            save_atomically({k: v.half().cpu() for k, v in network.state_dict().items()}, path)
