@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .denoiser import Denoiser
 from .errors import InputError, NonFiniteError
-from .gradients import Exact, GradientMethod
+from .gradients import Exact, GradientMethod, Job
 from .grids import TimeGrid
 from .integrate import Plan
 from .schedules import Flow
@@ -92,9 +92,8 @@ def sample(
     x = x_T if x_T.dtype in (torch.float32, torch.float64) else x_T.float()
 
     stats, start, before = RunStats(), time.perf_counter(), model.nfe
-    call = gradient.begin(model, x, cond, plan.evaluations, stats)
     path, finite = [x], []
-    for state in plan.states(x, call):
+    for state in gradient.run(Job(plan, model, x, cond, stats, trajectory, check_finite)):
         x = state
         if trajectory:
             path.append(x)

@@ -1,7 +1,7 @@
-"""Gradient methods: how the network calls of a run are made, so that a loss on its result can be differentiated."""
+"""Gradient methods: how a run is carried out so that a loss on its states can be differentiated."""
 
-from .base import GradientMethod
+from .base import GradientMethod, Job
 from .exact import Exact
 from .plain import Plain
 
-__all__ = ["Exact", "GradientMethod", "Plain"]
+__all__ = ["Exact", "GradientMethod", "Job", "Plain"]

@@ -1,23 +1,60 @@
-"""What a gradient method is: a way to make the network calls of one run."""
+"""What a gradient method is: a way to carry out one run so that a loss on its states can be differentiated.
+
+There are two kinds, and a method is one of them by what it defines.
+
+* **Call by call** (``Plain``, ``Exact``): :meth:`GradientMethod.begin` gives the evaluation ``call(x, t)``, and the
+  time loop, :meth:`~backdrift.integrate.Plan.states`, is the plan's own. The gradient is that of the steps as computed.
+* **Whole run** (continuous, symplectic, reversible adjoints): :meth:`GradientMethod.run` is given the :class:`Job`
+  and yields the states itself; its backward pass is a sweep of its own over the intervals.
+
+:meth:`GradientMethod.run` is what ``sample`` calls; the default one makes a whole run out of ``begin``. A whole-run
+method yields the plan's states one by one, in order, one per interval. With ``job.trajectory`` each is handed to the
+user, so each must be on the path to the next, with its gradient; without it only the last needs a graph.
+"""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from ..denoiser import Denoiser
+from ..errors import UnsupportedError
 from ..forms import Call
+from ..integrate import Plan
 from ..stats import RunStats
 
 
-class GradientMethod(ABC):
-    """How the gradient of a run is had. The time loop is the same for all; only its network calls differ."""
+@dataclass(frozen=True)
+class Job:
+    """One run to be carried out.
 
-    @abstractmethod
+    Attributes:
+        plan: solver, form and grid.
+        model: the denoiser.
+        x: the state at the first node (B, …); its batch and device are the run's.
+        cond: the conditioning, any nest.
+        stats: counts are added here, also by later backward passes.
+        trajectory: whether the states at all nodes are handed to the user, who may differentiate by each.
+        check_finite: whether a backward pass looks for NaN and infinity.
+    """
+
+    plan: Plan
+    model: Denoiser
+    x: Tensor
+    cond: Any
+    stats: RunStats
+    trajectory: bool = False
+    check_finite: bool = True
+
+
+class GradientMethod:
+    """How the gradient of a run is had. Define :meth:`begin` or :meth:`run` (see the module's text)."""
+
     def begin(self, model: Denoiser, x: Tensor, cond: Any, evaluations: int, stats: RunStats) -> Call:
-        """The evaluation ``call(x, t)`` to use throughout one run.
+        """The evaluation ``call(x, t)`` to use throughout one run of the plan's own time loop.
 
         Args:
             model: the denoiser.
@@ -25,4 +62,19 @@ class GradientMethod(ABC):
             cond: the conditioning, any nest.
             evaluations: how many evaluations the run will make.
             stats: counts are added here, also by later backward passes.
+
+        Raises:
+            UnsupportedError: the method acts on whole runs.
         """
+        raise UnsupportedError(
+            f"{self!r} acts on a whole run, not call by call: use it as sample(gradient=...)"
+        )
+
+    def run(self, job: Job) -> Iterator[Tensor]:
+        """The states at the nodes after the first, one by one, each with the graph its gradient needs.
+
+        Raises:
+            InputError: the method cannot be used with the job's solver or form.
+        """
+        plan = job.plan
+        yield from plan.states(job.x, self.begin(job.model, job.x, job.cond, plan.evaluations, job.stats))

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from .. import nests
 from ..ambient import Ambient
 from ..budget import available_bytes, format_size
 from ..denoiser import Branch, Denoiser
-from ..errors import BudgetError, MissingGradientError, StateChangedError
+from ..errors import BudgetError
 from ..forms import Call
 from ..memory import MemoryPlan
 from ..stats import RunStats
-from ..weights import Weights
 from .base import GradientMethod
-from .reach import describe, modules_of, reach, sequence_number
+from .context import NetworkContext
+from .reach import sequence_number
 from .replay import Chain, Replay, Trace, measuring
 
 # Beside what calls hold, gradients in flight while one is differentiated, in largest saved tensors.
@@ -57,102 +55,12 @@ class Exact(GradientMethod):
         return _Run(model, x, cond, evaluations, self.plan, stats)
 
 
-class _Context:
-    """What a redone call needs to know of its run. Holds no node of the run's graph, so nothing is tied in a cycle."""
-
-    def __init__(self, model: Denoiser, branches: tuple[Branch, ...]) -> None:
-        self.model, self.branches = model, branches
-        conds = {id(t): t for branch in branches for t in nests.tensors(branch.cond)}
-        self.conds = list(conds.values())
-        self.cond_versions = [t._version for t in self.conds]
-        self.trained_conds = [t for t in self.conds if t.requires_grad]
-        self.modules = modules_of(model.network)
-        self.weights = Weights(self.modules)
-        trained = [p for _, m in self.modules for p in m.parameters() if p.requires_grad]
-        self.leaves: list[Tensor] = list({id(t): t for t in trained}.values())
-        self.loose: list[tuple[Tensor, int]] = []  # leaves the network uses that are in none of its modules
-        self.thread = threading.get_ident()
-
-    @property
-    def shared(self) -> list[Tensor]:
-        return self.trained_conds + self.leaves
-
-    def snapshot(self) -> Weights:
-        if not self.weights.unchanged():
-            self.weights = Weights(self.modules)
-        return self.weights
-
-    def trace(self, x: Tensor, branch: Branch, t: float) -> Trace:
-        """The network call with a graph of its own: leaves in place of x and of the conditioning."""
-        stand_ins = {id(c): c.detach().requires_grad_() for c in self.trained_conds}
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_(x.requires_grad)
-            cond = nests.transform(lambda c: stand_ins.get(id(c), c), branch.cond)
-            out = self.model.run(leaf, t, cond, branch.paired)
-        return Trace(out, leaf, [*stand_ins.values(), *self.leaves])
-
-    def adopt(self, trace: Trace, floor: int) -> None:
-        """See to it that nothing the first call reaches is left without a gradient.
-
-        Raises:
-            MissingGradientError: the network uses a tensor that was computed with gradients outside of it, or
-                returns an output that was cut off from the graph.
-        """
-        network = self.model.network
-        if not trace.out.requires_grad and (trace.x.requires_grad or self.shared):
-            raise MissingGradientError(
-                "the network's output has no graph although its input, conditioning or weights require grad: it runs "
-                "under no_grad or detaches. Take that out of the network, or sample under torch.no_grad()"
-            )
-        found, outside = reach(trace.out, floor)
-        if outside:
-            raise MissingGradientError(
-                f"the network uses {describe(network, outside[0])} which would get no gradient: hand it in through "
-                "cond, detach it, or use gradient=Plain()"
-            )
-        known = {id(trace.x), *map(id, trace.leaves)}
-        fresh = [leaf for leaf in found if id(leaf) not in known]
-        self.leaves += fresh
-        trace.leaves += fresh
-        self.loose = [(leaf, leaf._version) for leaf in fresh]
-
-    def check_reach(self, trace: Trace, floor: int) -> None:
-        """Raise if a redone call uses a tensor that requires grad and that the first call did not use."""
-        here = floor if threading.get_ident() == self.thread else None
-        found, outside = reach(trace.out, here)
-        known = {id(trace.x), *map(id, trace.leaves)}
-        missed: list[Tensor | Node] = [*outside, *(leaf for leaf in found if id(leaf) not in known)]
-        if missed:
-            raise MissingGradientError(
-                f"the network uses {describe(self.model.network, missed[0])} which it did not use in the run's first "
-                "call, so it would get no gradient: hand it in through cond, detach it, or use gradient=Plain()"
-            )
-
-    def check_unchanged(self, weights: Weights) -> None:
-        """Raise if a redone call would see other tensors, flags, modes or adapters than the first one."""
-        weights.check()
-        for holder, mode in zip(weights.holders, weights.training, strict=True):
-            if holder.training != mode:
-                names = (n for _, m in self.modules for n, child in m.named_modules() if child is holder)
-                where = next(names, "") or type(holder).__name__
-                raise StateChangedError(
-                    f"module {where!r} was in {'train' if mode else 'eval'} mode in the forward pass and is in "
-                    f"{'train' if holder.training else 'eval'} mode now: change modes after backward()"
-                )
-        watched = [*zip(self.conds, self.cond_versions, strict=True), *self.loose]
-        for i, (tensor, version) in enumerate(watched):
-            if tensor._version != version:
-                name = f"cond tensor {i}" if i < len(self.conds) else describe(self.model.network, tensor)
-                raise StateChangedError(
-                    f"{name} of shape {tuple(tensor.shape)} was modified in place between the forward and the backward "
-                    "pass: run the sampling call again, or call backward() before the change"
-                )
-
-
 class _NetworkCall:
     """One network call of a run, as it was made the first time."""
 
-    def __init__(self, context: _Context, branch: Branch, t: float, ambient: Ambient, keep: bool) -> None:
+    def __init__(
+        self, context: NetworkContext, branch: Branch, t: float, ambient: Ambient, keep: bool
+    ) -> None:
         self.context, self.branch, self.t, self.ambient, self.keep = context, branch, t, ambient, keep
         self.weights = context.snapshot()
         self.kept: Trace | None = None
@@ -185,7 +93,7 @@ class _Run:
         self, model: Denoiser, x: Tensor, cond: Any, evaluations: int, plan: MemoryPlan, stats: RunStats
     ) -> None:
         self.model, self.plan, self.stats = model, plan, stats
-        self.context = _Context(model, model.branches(cond, len(x)))
+        self.context = NetworkContext(model, model.branches(cond, len(x)))
         self.total = evaluations * len(self.context.branches)
         self.chain: Chain | None = None
         self.token: Tensor | None = None
