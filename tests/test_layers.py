@@ -19,7 +19,7 @@ FLOORS: list[set[str]] = [
     {"_version", "errors", "nests", "stats", "suggest"},
     {"ambient", "budget", "curves", "files", "predictions", "weights"},
     {"schedules", "pictures"},
-    {"grids", "denoiser"},
+    {"grids", "denoiser", "noises"},
     {"forms"},
     {"solvers"},
     {"integrate"},

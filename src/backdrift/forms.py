@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .errors import InputError
+from .noises import Draw
 from .predictions import conversion
 from .schedules import Flow, Schedule
 
@@ -46,15 +47,29 @@ class Form:
         prediction: what ``call`` returns.
         call: ``call(x, t)`` -> the network's output (guidance included), of x's shape. A form without one can
             be planned with, not stepped on.
+        draw: the run's noise, for stochastic solvers.
 
     Raises:
         InputError: an unknown name.
     """
 
-    def __init__(self, name: str, schedule: Schedule, prediction: str, call: Call | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        schedule: Schedule,
+        prediction: str,
+        call: Call | None = None,
+        draw: Draw | None = None,
+    ) -> None:
         if name not in FORMS:
             raise InputError(f"form must be one of {', '.join(FORMS)}; got {name!r}")
-        self.name, self.schedule, self.prediction, self.call = name, schedule, prediction, call
+        self.name, self.schedule, self.prediction, self.call, self.draw = (
+            name,
+            schedule,
+            prediction,
+            call,
+            draw,
+        )
         self._scales: dict[float, tuple[float, float]] = {}
 
     def scales(self, t: float) -> tuple[float, float]:
@@ -91,9 +106,27 @@ class Form:
         Raises:
             InputError: the drift is infinite there, or the prediction does not determine it.
         """
+        return self._evaluate(self.coefficients(t), x, t)
+
+    def denoised(self, x: Tensor, t: float) -> Tensor:
+        """x0 predicted at the state ``x`` and time ``t``, whatever the form: one evaluation of the model.
+
+        Raises:
+            InputError: the prediction does not determine it there.
+        """
+        return self._evaluate(conversion(self.prediction, "sample", *self.scales(t), t), x, t)
+
+    def noise(self, x: Tensor, a: Node, b: Node) -> Tensor:
+        """The run's noise for the step from ``a`` to ``b``: standard normal, like ``x``; the same whenever asked."""
+        if self.draw is None:
+            raise InputError(f"this {self.name} form has no noise to add: give it draw=")
+        return self.draw(x, a.t, b.t)
+
+    def _evaluate(self, coefficients: tuple[float, float], x: Tensor, t: float) -> Tensor:
+        """on_x * x + on_output * output."""
         if self.call is None:
             raise InputError(f"this {self.name} form has no model to evaluate: give it call=")
-        on_x, on_output = self.coefficients(t)
+        on_x, on_output = coefficients
         out = self.call(x, t)
         if on_output != 1:
             out = on_output * out
@@ -137,7 +170,7 @@ class Form:
             return self
         names = ["original"] if isinstance(self.schedule, Flow) else ["data", "exponential"]
         for name in names:
-            other = Form(name, self.schedule, self.prediction, self.call)
+            other = Form(name, self.schedule, self.prediction, self.call, self.draw)
             if other.regular(start) and other.regular(end):
                 other.coefficients(start)  # raises where the prediction is blind
                 return other
