@@ -26,6 +26,7 @@ from backdrift.solvers import (
     ExplicitRungeKutta,
     Heun,
     Solver,
+    StochasticSolver,
     Tableau,
 )
 from backdrift.solvers.adams import adams_weights
@@ -48,6 +49,8 @@ STEPS = {"euler": 40, "ab1": 40, "heun": 40, "dpmpp": 40, "rk4": 30, "ab2": 80, 
 def newcomers() -> dict[str, Solver]:
     """Solvers that the package exports and the list above does not have: measured without being listed."""
     known = {type(solver) for solver in SOLVERS.values()} | {Solver, ExplicitRungeKutta}
+    # Stochastic ones are measured along their noise, in test_stochastic.py.
+    known |= {kind for kind in vars(package).values() if isinstance(kind, type) and issubclass(kind, StochasticSolver)}
     exported = {name: getattr(package, name) for name in package.__all__}
     found = {
         n: v for n, v in exported.items() if isinstance(v, type) and issubclass(v, Solver) and v not in known

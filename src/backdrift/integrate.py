@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .errors import InputError
 from .forms import FORMS, Call, Form
+from .noises import Noise
 from .schedules import Schedule
-from .solvers import Solver
+from .solvers import Solver, StochasticSolver
 
 
 @dataclass(frozen=True)
@@ -30,18 +32,27 @@ class Plan:
         form: name of the run's form.
         schedule, prediction: the model's.
         times: falling nodes.
+        noise: what a stochastic solver adds.
 
     Raises:
-        InputError: the solver does not work on the form, an interval is singular for every form, or the
-            network's prediction is blind at the first node.
+        InputError: the solver does not work on the form, needs a noise and has none or has one and needs none, an
+            interval is singular for every form, or the network's prediction is blind at the first node.
     """
 
     def __init__(
-        self, solver: Solver, form: str, schedule: Schedule, prediction: str, times: Sequence[float]
+        self,
+        solver: Solver,
+        form: str,
+        schedule: Schedule,
+        prediction: str,
+        times: Sequence[float],
+        noise: Noise | None = None,
     ) -> None:
         self.solver, self.schedule, self.prediction, self.times = solver, schedule, prediction, list(times)
         own = Form(form, schedule, prediction)
         solver.check_form(form)
+        _check_noise(solver, noise)
+        self.noise = noise
         self.intervals: list[Interval] = []
         for start, end in zip(self.times[:-1], self.times[1:], strict=True):
             used = own.aside(start, end)
@@ -64,10 +75,19 @@ class Plan:
             x: state at the first node.
             call: ``call(x, t)`` -> the network's output, of x's shape.
         """
-        forms = {name: Form(name, self.schedule, self.prediction, call) for name in FORMS}
+        draw = None if self.noise is None else self.noise.path(self.schedule, self.times, x)
+        forms = {name: Form(name, self.schedule, self.prediction, call, draw) for name in FORMS}
         run, aside = self.solver.begin(), self.solver.aside.begin()
         for interval in self.intervals:
             form = forms[interval.form]
             stepper = aside if interval.aside else run
             x = stepper.step(form, x, form.node(interval.start), form.node(interval.end))
             yield x
+
+
+def _check_noise(solver: Solver, noise: Noise | None) -> None:
+    wanted = isinstance(solver, StochasticSolver) and solver.eta > 0
+    if wanted and noise is None:
+        raise InputError(f"{solver!r} adds noise: give sample(seed=0), or noise= with tensors or a Brownian(seed)")
+    if noise is not None and not wanted:
+        raise InputError(f"{solver!r} adds no noise, but {noise!r} was given: leave noise and seed out")

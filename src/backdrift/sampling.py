@@ -15,6 +15,7 @@ from .errors import InputError, NonFiniteError
 from .gradients import Exact, GradientMethod, Job
 from .grids import TimeGrid
 from .integrate import Plan
+from .noises import Brownian, GivenNoise, Noise
 from .schedules import Flow
 from .solvers import Euler, Solver
 from .stats import RunStats
@@ -50,10 +51,12 @@ def sample(
     grid: TimeGrid | Sequence[float] | Tensor | None = None,
     form: str | None = None,
     gradient: GradientMethod | None = None,
+    noise: Noise | Sequence[Tensor] | Tensor | None = None,
+    seed: int | Sequence[int] | None = None,
     trajectory: bool = False,
     check_finite: bool = True,
 ) -> Solution:
-    """Solve the probability-flow ODE of ``model`` from ``x_T``.
+    """Solve the probability-flow ODE of ``model`` from ``x_T``; the diffusion SDE with a stochastic solver.
 
     Args:
         model: network, schedule, prediction and guidance.
@@ -67,6 +70,9 @@ def sample(
             rectified flow (dx/dt = u) and ``"exponential"`` otherwise. Beside an end where the form is singular
             one step is taken on a form that is regular there.
         gradient: ``Exact("auto")`` if None. Gradients flow when ``x_T``, ``cond`` or weights require them.
+        noise: what a stochastic solver adds: a :class:`~backdrift.noises.Brownian` path, or one tensor of x_T's shape
+            per step (gradients reach those that require grad).
+        seed: short for ``noise=Brownian(seed)``.
         trajectory: keep the states at all nodes.
         check_finite: look for NaN and infinity in the states (one synchronisation, at the end).
 
@@ -88,7 +94,8 @@ def sample(
     if form is None:
         form = solver.default_form or ("original" if isinstance(model.schedule, Flow) else "exponential")
     times = grid.nodes(model.schedule)
-    plan = Plan(solver, form, model.schedule, model.prediction, times.tolist())
+    source = _noise(noise, seed)
+    plan = Plan(solver, form, model.schedule, model.prediction, times.tolist(), source)
     x = x_T if x_T.dtype in (torch.float32, torch.float64) else x_T.float()
 
     stats, start, before = RunStats(), time.perf_counter(), model.nfe
@@ -113,6 +120,14 @@ def _check(model: Denoiser, x_T: Tensor, solver: Solver, gradient: GradientMetho
     if not isinstance(x_T, Tensor) or not x_T.is_floating_point() or x_T.ndim == 0 or not len(x_T):
         shown = f"{x_T.dtype} {tuple(x_T.shape)}" if isinstance(x_T, Tensor) else type(x_T).__name__
         raise InputError(f"x_T must be a floating tensor (B, …) with B >= 1; got {shown}")
+
+
+def _noise(noise: Noise | Sequence[Tensor] | Tensor | None, seed: int | Sequence[int] | None) -> Noise | None:
+    if noise is not None and seed is not None:
+        raise InputError(f"seed={seed!r} is short for noise=Brownian({seed!r}): give one of noise and seed")
+    if seed is not None:
+        return Brownian(seed)
+    return noise if noise is None or isinstance(noise, Noise) else GivenNoise(noise)
 
 
 def _check_finite(finite: list[Tensor], times: Tensor) -> None:

@@ -16,22 +16,25 @@ class GivenNoise(Noise):
     """The noises themselves; gradients reach those that require grad.
 
     Args:
-        noises: one tensor per step of the run, in order, each of the state's shape. Standard normal for a sample of
-            the model; any value is allowed.
+        noises: one tensor per step of the run, in order, each of the state's shape (or all stacked in one, steps
+            first). Standard normal for a sample of the model; any value is allowed.
 
     Raises:
         InputError: not tensors; when a run begins, another number than its steps, or another shape or device
             than its state.
     """
 
-    def __init__(self, noises: Sequence[Tensor]) -> None:
-        wrong = [n for n in noises if not isinstance(n, Tensor) or not n.is_floating_point()]
-        if wrong or not noises:
+    def __init__(self, noises: Sequence[Tensor] | Tensor) -> None:
+        found = tuple(noises)
+        wrong = [n for n in found if not isinstance(n, Tensor) or not n.is_floating_point()]
+        if wrong or not found:
             shown = (
-                f"{wrong[0].dtype} tensor" if wrong and isinstance(wrong[0], Tensor) else repr(noises)[:60]
+                f"a {wrong[0].dtype} tensor"
+                if wrong and isinstance(wrong[0], Tensor)
+                else repr(wrong or found)[:60]
             )
             raise InputError(f"noises must be floating tensors, one per step; got {shown}")
-        self.noises = tuple(noises)
+        self.noises = found
 
     def __repr__(self) -> str:
         return f"GivenNoise({len(self.noises)} tensors)"
