@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,9 +10,9 @@ from torch import Tensor
 
 from .errors import InputError
 from .forms import FORMS, Call, Form
-from .noises import Noise
+from .noises import Draw, Noise
 from .schedules import Schedule
-from .solvers import Solver, StochasticSolver
+from .solvers import Leg, Pair, ReversibleSolver, Solver, StochasticSolver
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Plan:
         times: falling nodes.
         noise: what a stochastic solver adds.
 
+    Attributes:
+        solver: the method, fitted to the number of steps.
+        intervals: one per step, from the first node on.
+        back: whether the steps are undone instead, from the last node to the first.
+
     Raises:
         InputError: the solver does not work on the form, needs a noise and has none or has one and needs none, an
             interval is singular for every form, or the network's prediction is blind at the first node.
@@ -48,11 +54,13 @@ class Plan:
         times: Sequence[float],
         noise: Noise | None = None,
     ) -> None:
-        self.solver, self.schedule, self.prediction, self.times = solver, schedule, prediction, list(times)
+        self.schedule, self.prediction, self.times = schedule, prediction, list(times)
         own = Form(form, schedule, prediction)
         solver.check_form(form)
         _check_noise(solver, noise)
         self.noise = noise
+        self.solver = solver.fitted(len(self.times) - 1)
+        self.back = False
         self.intervals: list[Interval] = []
         for start, end in zip(self.times[:-1], self.times[1:], strict=True):
             used = own.aside(start, end)
@@ -69,20 +77,82 @@ class Plan:
     def states(self, x: Tensor, call: Call) -> Iterator[Tensor]:
         """The states at the nodes after the first, one by one, from ``x`` at the first.
 
-        Each is on the path to the next, so a gradient reaches it too.
+        Each is on the path to the next, so a gradient reaches it too; of a reversible solver's pairs (see
+        :meth:`pairs`) they are the first members, from twice ``x``.
 
         Args:
             x: state at the first node.
             call: ``call(x, t)`` -> the network's output, of x's shape.
         """
+        if isinstance(self.solver, ReversibleSolver):
+            yield from (pair.first for pair in self.pairs(Pair(x, x), call))
+            return
         draw = None if self.noise is None else self.noise.path(self.schedule, self.times, x)
-        forms = {name: Form(name, self.schedule, self.prediction, call, draw) for name in FORMS}
+        forms = self.forms(call, draw)
         run, aside = self.solver.begin(), self.solver.aside.begin()
         for interval in self.intervals:
             form = forms[interval.form]
             stepper = aside if interval.aside else run
             x = stepper.step(form, x, form.node(interval.start), form.node(interval.end))
             yield x
+
+    def forms(self, call: Call | None = None, draw: Draw | None = None) -> dict[str, Form]:
+        """The forms on the run's model and noise, by name."""
+        return {name: Form(name, self.schedule, self.prediction, call, draw) for name in FORMS}
+
+    def reversible(self) -> ReversibleSolver:
+        """The solver.
+
+        Raises:
+            InputError: it is not reversible.
+        """
+        if not isinstance(self.solver, ReversibleSolver):
+            raise InputError(
+                f"{self.solver!r} cannot be undone step by step: use a reversible solver, McCallumFoster(...), "
+                "ReversibleHeun() or EDICT()"
+            )
+        return self.solver
+
+    def undone(self) -> Plan:
+        """The plan that a reversible solver goes back by, from the last node to the first.
+
+        Raises:
+            InputError: the solver is not reversible.
+        """
+        self.reversible()
+        plan = copy.copy(self)
+        plan.back = not self.back
+        return plan
+
+    def legs(self) -> list[Leg]:
+        """A reversible solver's steps, in the order they are taken.
+
+        Raises:
+            InputError: the solver is not reversible.
+        """
+        solver, forms, legs = self.reversible(), self.forms(), []
+        for index, interval in enumerate(self.intervals):
+            form = forms[interval.form]
+            used = solver.aside if interval.aside else solver
+            legs.append(used.leg(index, form.name, form.node(interval.start), form.node(interval.end)))
+        return [leg.inverse() for leg in reversed(legs)] if self.back else legs
+
+    def pairs(self, pair: Pair, call: Call) -> Iterator[Pair]:
+        """A reversible solver's pairs of states at the nodes after the one it starts from, one by one.
+
+        Each is on the path to the next, so a gradient reaches it too.
+
+        Args:
+            pair: at the first node; at the last where the plan is :meth:`undone`.
+            call: ``call(x, t)`` -> the network's output, of x's shape.
+
+        Raises:
+            InputError: the solver is not reversible.
+        """
+        legs, forms = self.legs(), self.forms(call)
+        run = self.reversible().begin(pair)
+        for leg in legs:
+            yield run.take(forms[leg.form], leg)
 
 
 def _check_noise(solver: Solver, noise: Noise | None) -> None:

@@ -2,12 +2,15 @@
 
 from .adams import AdamsBashforth
 from .base import Solver, Stepper
+from .coupled import Kick, Leg, Pair, PairRun, ReversibleSolver
 from .dpm import DPMSolverPP
+from .reversible import EDICT, McCallumFoster, ReversibleHeun
 from .runge_kutta import RK4, Euler, ExplicitRungeKutta, Heun, Tableau
 from .sde_dpm import SDEDPMSolverPP
 from .stochastic import Ancestral, EulerMaruyama, ExponentialEuler, StochasticSolver, StochasticStepper
 
 __all__ = [
+    "EDICT",
     "RK4",
     "AdamsBashforth",
     "Ancestral",
@@ -17,6 +20,13 @@ __all__ = [
     "ExplicitRungeKutta",
     "ExponentialEuler",
     "Heun",
+    "Kick",
+    "Leg",
+    "McCallumFoster",
+    "Pair",
+    "PairRun",
+    "ReversibleHeun",
+    "ReversibleSolver",
     "SDEDPMSolverPP",
     "Solver",
     "Stepper",

@@ -45,6 +45,10 @@ class Solver(ABC):
     def aside(self) -> Solver:
         """The one-step method that takes over beside a singular end, where the form changes for an interval."""
 
+    def fitted(self, steps: int) -> Solver:
+        """The method for a run of that many steps: itself, unless a setting left open depends on them."""
+        return self
+
     def check_form(self, form: str) -> None:
         """Raise if the method is not made for ``form``.
 

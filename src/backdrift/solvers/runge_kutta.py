@@ -80,13 +80,25 @@ class ExplicitRungeKutta(Solver, Stepper):
         """The step, given its first stage (the drift at ``a``)."""
         h = b.s - a.s
         y = rescaled(x, 1 / form.scale(a.t))
+        stages = self._stages(form, y, a, b, first)
+        y = add_scaled(y, [(h * w, k) for w, k in zip(self.tableau.b, stages, strict=True)])
+        return rescaled(y, form.scale(b.t))
+
+    def increment(self, form: Form, y: Tensor, a: Node, b: Node, first: Tensor) -> Tensor:
+        """What the step adds to Y = x / scale, given Y and the first stage at ``a``; without Y's own rounding."""
+        h = b.s - a.s
+        terms = zip(self.tableau.b, self._stages(form, y, a, b, first), strict=True)
+        (w, k), *rest = [(w, k) for w, k in terms if w != 0]
+        return add_scaled(rescaled(k, h * w), [(h * w, k) for w, k in rest])
+
+    def _stages(self, form: Form, y: Tensor, a: Node, b: Node, first: Tensor) -> list[Tensor]:
+        h = b.s - a.s
         stages = [first]
         for row, c in zip(self.tableau.a[1:], self.tableau.c[1:], strict=True):
             node = b if c == 1 else a if c == 0 else form.between(a.s + c * h)
             inner = add_scaled(y, [(h * w, k) for w, k in zip(row, stages, strict=True)])
             stages.append(form.drift(rescaled(inner, form.scale(node.t)), node.t))
-        y = add_scaled(y, [(h * w, k) for w, k in zip(self.tableau.b, stages, strict=True)])
-        return rescaled(y, form.scale(b.t))
+        return stages
 
 
 class Euler(ExplicitRungeKutta):
