@@ -7,9 +7,13 @@ not quality.
 
 from __future__ import annotations
 
+import inspect
+import json
 import string
+import tempfile
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -41,7 +45,13 @@ def tiny_tokenizer() -> Any:
     letters = string.ascii_lowercase + string.digits + ",."
     tokens = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
     vocab = {token: i for i, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=TOKENS)
+    if "vocab" in inspect.signature(CLIPTokenizer).parameters:
+        return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=TOKENS)
+    with tempfile.TemporaryDirectory() as folder:  # transformers 4 reads the two from files
+        files = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        files[0].write_text(json.dumps(vocab))
+        files[1].write_text("#version: 0.2\n")
+        return CLIPTokenizer(*map(str, files), model_max_length=TOKENS)
 
 
 def _text_config(projection: int = WIDTH) -> Any:

@@ -22,7 +22,8 @@ def main(names: list[str]) -> int:
     unknown = [n for n in chosen if n not in PARTS | EXTRA]
     if unknown or not chosen:
         print(
-            f"parts: {', '.join(PARTS | EXTRA)}, or all" + (f"; not known: {', '.join(unknown)}" if unknown else "")
+            f"parts: {', '.join(PARTS | EXTRA)}, or all"
+            + (f"; not known: {', '.join(unknown)}" if unknown else "")
         )
         return 2
     for name in chosen:

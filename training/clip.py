@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,43 +19,55 @@ from .loop import WORK, device, train
 from .scenes import BACKGROUNDS, COLOURS, DIGITS, EFFECTS, Scene, random_scene, render
 
 MAX_LENGTH = 24
+VOCABULARY = WORK / "tokenizer"
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def write_vocabulary(folder: Path) -> None:
-    """A byte-level BPE vocabulary in which every word of the captions is one token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    """A byte-level BPE vocabulary in which every word of the captions is one token.
+
+    Pairs are merged by how many words have them, ties by the alphabet: the same every time, which the trainers
+    of the tokenizer libraries do not promise.
+    """
+    from tokenizers import pre_tokenizers
 
     words = ["a", "an", "and", "on", "in", "the", "of", "with", "digit", "picture", ",", ".", "!"]
     words += [w for name in (*DIGITS, *COLOURS, *BACKGROUNDS, *EFFECTS) for w in name.split()]
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    split = {w: [*w[:-1], f"{w[-1]}</w>"] for w in sorted(set(words))}
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=5000,
-        min_frequency=1,
-        end_of_word_suffix="</w>",
-        initial_alphabet=letters,
-        show_progress=False,
-    )
-    bpe.train_from_iterator(sorted(set(words)), trainer)
-    model = json.loads(bpe.to_str())["model"]
     # Every byte must also exist as the end of a word, or an unknown word would fall back to the end token.
-    tokens = sorted(model["vocab"], key=model["vocab"].get)
-    tokens += [f"{c}</w>" for c in letters if f"{c}</w>" not in model["vocab"]] + [START, END]
+    tokens, merges = [*letters, *(f"{c}</w>" for c in letters)], []
+    while pairs := Counter(p for parts in split.values() for p in pairwise(parts)):
+        best = min(pairs, key=lambda p: (-pairs[p], p))
+        merges.append(best)
+        tokens.append("".join(best))
+        split = {w: _merged(parts, best) for w, parts in split.items()}
+    save_vocabulary(folder, {t: i for i, t in enumerate([*tokens, START, END])}, merges)
+
+
+def _merged(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    out: list[str] = []
+    for part in parts:
+        if out and (out[-1], part) == pair:
+            out[-1] += part
+        else:
+            out.append(part)
+    return out
+
+
+def save_vocabulary(folder: Path, vocab: dict[str, int], merges: Iterable[Sequence[str]]) -> None:
+    """The two files of a CLIP vocabulary."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False))
-    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n")
 
 
 def build_tokenizer() -> CLIPTokenizer:
     """The tokenizer of the captions; 24 tokens at most."""
-    folder = WORK / "tokenizer"
-    if not (folder / "merges.txt").exists():
-        write_vocabulary(folder)
-    vocab = json.loads((folder / "vocab.json").read_text())
-    merges = [tuple(line.split()) for line in (folder / "merges.txt").read_text().splitlines()[1:]]
+    if not (VOCABULARY / "merges.txt").exists():
+        write_vocabulary(VOCABULARY)
+    vocab = json.loads((VOCABULARY / "vocab.json").read_text())
+    merges = [tuple(line.split()) for line in (VOCABULARY / "merges.txt").read_text().splitlines()[1:]]
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH)
 
 

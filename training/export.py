@@ -8,7 +8,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -16,7 +16,7 @@ from backdrift.pipelines.assets import ASSETS
 from backdrift.pipelines.classifier import SceneClassifier
 
 from . import flow, unet
-from .clip import build_tokenizer, write_vocabulary
+from .clip import VOCABULARY, build_tokenizer
 from .latents import trained_clip, trained_vae
 from .loop import WORK
 from .scenes import BACKGROUNDS, COLOURS, DIGITS
@@ -59,9 +59,24 @@ def _save(pipe: diffusers.DiffusionPipeline, name: str) -> None:
             part, [None, None]
         )  # a component that is None is not written, yet asked for on loading
     (path / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    # Older releases of transformers read these two files instead of tokenizer.json.
     for folder in path.glob("tokenizer*"):
-        write_vocabulary(folder)
+        _copy_vocabulary(folder)
+    for folder in path.glob("text_encoder*"):
+        _prefix_keys(folder / "model.safetensors")
+
+
+def _copy_vocabulary(folder: Path) -> None:
+    """Older releases of transformers read these two files instead of tokenizer.json."""
+    for file in ("vocab.json", "merges.txt"):
+        shutil.copyfile(VOCABULARY / file, folder / file)
+
+
+def _prefix_keys(path: Path) -> None:
+    """Name a text encoder's weights as published checkpoints do, which every release of transformers reads."""
+    state = load_file(path)
+    outside = ("text_model.", "text_projection.")
+    named = {k if k.startswith(outside) else f"text_model.{k}": v for k, v in state.items()}
+    save_file(named, path, metadata={"format": "pt"})
 
 
 def export_sd() -> None:
@@ -110,6 +125,7 @@ def export_clip() -> None:
     path = _fresh("clip")
     trained_clip().cpu().half().save_pretrained(path, safe_serialization=True)
     build_tokenizer().save_pretrained(path)
+    _copy_vocabulary(path)
     half = [0.5, 0.5, 0.5]
     side = {"height": 64, "width": 64}
     processor = CLIPImageProcessor(size=side, crop_size=side, image_mean=half, image_std=half)

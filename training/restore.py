@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 from torch import nn
 
 import backdrift as bd
-from backdrift.pipelines.assets import load_classifier, load_clip
+from backdrift.pipelines.assets import folder, load_classifier, load_clip
 
+from .clip import VOCABULARY, save_vocabulary
 from .loop import WORK, save_atomically
 
 
@@ -21,11 +24,20 @@ def _put(name: str, module: nn.Module, **more: object) -> None:
     print(f"{name}: taken from the package")
 
 
+def _put_vocabulary() -> None:
+    if VOCABULARY.exists():
+        print("vocabulary: made here, left alone")
+        return
+    model = json.loads((folder("clip") / "tokenizer.json").read_text())["model"]
+    save_vocabulary(VOCABULARY, model["vocab"], model["merges"])
+
+
 def restore() -> None:
     """Write the shipped weights as finished parts, and the denoisers as the result of their first round.
 
     A part that was trained here is left alone.
     """
+    _put_vocabulary()
     sd, flow = bd.load(dtype=torch.float32), bd.load("flow", dtype=torch.float32)
     clip, _ = load_clip()
     _put("vae", sd.vae, scaling_factor=sd.vae.config.scaling_factor)
