@@ -75,7 +75,7 @@ def context(data: Pool, rows: Tensor) -> tuple[Tensor, Tensor]:
     return tokens, torch.cat([pooled, pooled], 1)
 
 
-ROUNDS = ((3600, 1e-3), (12000, 7e-4))  # steps and learning rate of each
+ROUNDS = ((3600, 1e-3), (8000, 7e-4))  # steps and learning rate of each
 
 
 def train_flow(rounds: Sequence[tuple[int, float]] = ROUNDS, batch: int = 64) -> SD3Transformer2DModel:

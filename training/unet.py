@@ -36,7 +36,7 @@ def build() -> UNet2DConditionModel:
     )
 
 
-ROUNDS = ((6000, 1e-3), (12000, 6e-4))  # steps and learning rate of each
+ROUNDS = ((6000, 1e-3), (7000, 6e-4))  # steps and learning rate of each
 
 
 def train_unet(rounds: Sequence[tuple[int, float]] = ROUNDS, batch: int = 64) -> UNet2DConditionModel:
