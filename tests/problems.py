@@ -6,13 +6,17 @@ gradient of each kind has a known answer too.
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
 from backdrift.denoiser import Denoiser
 from backdrift.grids import TimeGrid
+from backdrift.noises import Brownian
 from backdrift.schedules import EDM, VP, Flow, Schedule
 
 
@@ -151,3 +155,66 @@ def toy_inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, dict[str, An
 
 def toy_denoiser(network: Any = None, **kwargs: Any) -> Denoiser:
     return Denoiser(network if network is not None else ToyNetwork(), VP.linear(), **kwargs)
+
+
+class ScalarPaths:
+    """Many scalar solutions of the diffusion SDE for data N(mean, variance), each along its own noise, in closed form.
+
+    In y = x/alpha and v = rho² the SDE of noise level eta is linear. With z = y - mean and p = (1 + eta²)/2,
+
+        z = (variance + v)^p q,   dq = eta (1 + v) / (variance + v)^p dW,
+
+    W being Brownian motion over c = v / (1 + v). q is known where the Wiener integral is: on each of the finest steps
+    it is drawn given W's increment there, with which it is jointly normal. A coarser step's noise is the sum of
+    those inside it, so that every grid that divides the finest has its noises on one path.
+    """
+
+    mean, variance = 0.7, 0.09
+
+    def __init__(self, rows: int = 2000, finest: int = 256, eta: float = 1.0, seed: int = 0) -> None:
+        self.rows, self.finest, self.eta = rows, finest, eta
+        self.rho = torch.exp(torch.linspace(math.log(4.0), math.log(0.1), finest + 1, dtype=torch.float64))
+        like = torch.zeros(rows, 1, dtype=torch.float64)
+        draw = Brownian(seed).path(EDM(), self.rho.tolist(), like)
+        steps = [draw(like, *pair) for pair in itertools.pairwise(self.rho.tolist())]
+        v = self.rho**2
+        self.c = v / (1 + v)
+        self.increments = torch.stack(steps) * (self.c[:-1] - self.c[1:]).sqrt()[:, None, None]
+        generator = torch.Generator().manual_seed(seed + 1)
+        self.start = torch.randn(rows, 1, generator=generator, dtype=torch.float64)
+        self.q = self._wiener_integral(torch.randn(finest, rows, 1, generator=generator, dtype=torch.float64))
+
+    def _wiener_integral(self, rest: Tensor) -> Tensor:
+        """eta ∫ (1 + v)/(variance + v)^p dW from the first node to the last (rows, 1), given the increments of W."""
+        gauss, weights = (torch.from_numpy(a) for a in numpy.polynomial.legendre.leggauss(6))
+        dc = self.c[:-1] - self.c[1:]
+        c = self.c[1:, None] + dc[:, None] * (gauss + 1) / 2
+        v = c / (1 - c)
+        integrand = (1 + v) / (self.variance + v) ** ((1 + self.eta**2) / 2)
+        mean = (integrand * weights / 2).sum(1, keepdim=True)
+        spread = (dc * ((integrand - mean) ** 2 * weights / 2).sum(1)).sqrt()[:, None, None]
+        return self.eta * (mean[..., None] * self.increments + spread * rest).sum(0)
+
+    def network(self, schedule: Schedule, prediction: str = "epsilon") -> GaussianNetwork:
+        network = GaussianNetwork(schedule, prediction)
+        network.mean = nn.Parameter(torch.tensor([self.mean], dtype=torch.float64))
+        network.log_variance = nn.Parameter(torch.tensor([self.variance], dtype=torch.float64).log())
+        return network.requires_grad_(False)
+
+    def times(self, schedule: Schedule, steps: int) -> list[float]:
+        return schedule.t_from_rho(self.rho[:: self.finest // steps]).tolist()
+
+    def noises(self, steps: int) -> Tensor:
+        """Standard normal (steps, rows, 1): those of a run with that many steps."""
+        stride = self.finest // steps
+        c = self.c[::stride]
+        sums = self.increments.reshape(steps, stride, self.rows, 1).sum(1)
+        return sums / (c[:-1] - c[1:]).sqrt()[:, None, None]
+
+    def ends(self, schedule: Schedule) -> tuple[Tensor, Tensor]:
+        """The states at the first and at the last node."""
+        (v_a, v_b), p = (self.rho[[0, -1]] ** 2).tolist(), (1 + self.eta**2) / 2
+        alpha_a, alpha_b = (float(schedule.alpha(t)) for t in self.times(schedule, 1))
+        z = (self.variance + v_a) ** 0.5 * self.start
+        z_b = (self.variance + v_b) ** p * (z / (self.variance + v_a) ** p + self.q)
+        return alpha_a * (self.mean + z), alpha_b * (self.mean + z_b)
