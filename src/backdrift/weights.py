@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,12 +22,36 @@ _ADVICE = "run the sampling call again, or call backward() before the change"
 
 def adapter_layers(modules: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
     """The adapter layers (peft's) inside ``modules``, with their names."""
+    # Most networks have none; the walk that also makes names takes ten times as long.
+    if not any(_adapts(child) for child in _tree(modules)):
+        return []
     return [
         (".".join(part for part in (prefix, name) if part), layer)
         for prefix, module in modules
         for name, layer in module.named_modules()
-        if hasattr(layer, "merged_adapters")
+        if _adapts(layer)
     ]
+
+
+def _adapts(layer: nn.Module) -> bool:
+    return "merged_adapters" in layer.__dict__ or _class_adapts(type(layer))
+
+
+@cache
+def _class_adapts(kind: type) -> bool:
+    return hasattr(kind, "merged_adapters")
+
+
+def _tree(modules: Sequence[tuple[str, nn.Module]]) -> list[nn.Module]:
+    """All modules inside ``modules``, each once, parents first."""
+    found: dict[nn.Module, None] = {}
+    stack = [module for _, module in reversed(modules)]
+    while stack:
+        module = stack.pop()
+        if module not in found:
+            found[module] = None
+            stack += [child for child in reversed(module._modules.values()) if child is not None]
+    return list(found)
 
 
 class Adapters:
@@ -94,19 +119,16 @@ class Weights:
     def __init__(self, modules: Sequence[tuple[str, nn.Module]], *, owned: bool = False) -> None:
         self.modules = list(modules)
         self.owned = owned
-        self.names: list[str] = []
+        self.holders = _tree(self.modules)
+        self._places: list[tuple[nn.Module, str]] = []  # of the parameters: in which module, by which name
         self.tensors: list[torch.Tensor] = []
-        self.holders: list[nn.Module] = []
         buffers: list[torch.Tensor] = []
-        for prefix, module in self.modules:
-            for name, child in module.named_modules():
-                self.holders.append(child)
-                dotted = ".".join(part for part in (prefix, name) if part)
-                for leaf, tensor in child._parameters.items():
-                    if tensor is not None:
-                        self.names.append(f"{dotted}.{leaf}" if dotted else leaf)
-                        self.tensors.append(tensor)
-                buffers += [b for b in child._buffers.values() if b is not None]
+        for child in self.holders:
+            for leaf, parameter in child._parameters.items():
+                if parameter is not None:
+                    self._places.append((child, leaf))
+                    self.tensors.append(parameter)
+            buffers += [b for b in child._buffers.values() if b is not None]
         self.checked = len(
             self.tensors
         )  # buffers follow: put back, but not compared (BatchNorm edits its own)
@@ -138,35 +160,51 @@ class Weights:
             StateChangedError: naming the first parameter that was edited, replaced, frozen or unfrozen, or
                 the first layer whose adapters were switched, scaled or merged.
         """
-        for i, name in enumerate(self.names):
-            tensor = self.tensors[i]
+        parameters = self.tensors[: self.checked]
+        if not (
+            self.versions == [t._version for t in parameters]
+            and self.flags[: self.checked] == [t.requires_grad for t in parameters]
+            and (self.owned or self.addresses[: self.checked] == [t.data_ptr() for t in parameters])
+        ):
+            raise self._first_change()
+        if not self.owned:
+            self.adapters.check()
+
+    def name(self, index: int) -> str:
+        """The name of the parameter ``tensors[index]``."""
+        holder, leaf = self._places[index]
+        for prefix, module in self.modules:
+            for name, child in module.named_modules():
+                if child is holder:
+                    return ".".join(part for part in (prefix, name, leaf) if part)
+        return f"{type(holder).__name__}.{leaf}"  # its module has left the network
+
+    def _first_change(self) -> StateChangedError:
+        for i, tensor in enumerate(self.tensors[: self.checked]):
             if tensor._version != self.versions[i]:
-                raise StateChangedError(
-                    f"{name} was modified in place between the forward and the backward pass "
+                return StateChangedError(
+                    f"{self.name(i)} was modified in place between the forward and the backward pass "
                     f"(version {self.versions[i]}, now {tensor._version}), so its gradient is lost: {_ADVICE}"
                 )
             if tensor.requires_grad != self.flags[i]:
-                raise StateChangedError(
-                    f"{name} had requires_grad={self.flags[i]} in the forward pass and has "
+                return StateChangedError(
+                    f"{self.name(i)} had requires_grad={self.flags[i]} in the forward pass and has "
                     f"{tensor.requires_grad} now (disabling adapters also does this): {_ADVICE}"
                 )
             if not self.owned and tensor.data_ptr() != self.addresses[i]:
-                raise StateChangedError(
-                    f"{name} was replaced or converted (.to, .half, .data =) between the forward and the "
+                return StateChangedError(
+                    f"{self.name(i)} was replaced or converted (.to, .half, .data =) between the forward and the "
                     f"backward pass: {_ADVICE}"
                 )
-        if not self.owned:
-            self.adapters.check()
+        return StateChangedError(f"weights were changed by another thread meanwhile: {_ADVICE}")
 
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Inside the block modes, adapter switches and owned modules' weights are the snapshot's."""
-        modes = [m.training for m in self.holders]
+        modes = self._set_modes(self.training)
         switches = [_switches(layer) for _, layer in self.layers]
         moved: list[tuple[torch.Tensor, torch.Tensor]] = []
         try:
-            for module, mode in zip(self.holders, self.training, strict=True):
-                module.training = mode
             _set_switches(self.layers, self.switches)
             if self.owned:
                 for tensor, data, address in zip(self.tensors, self.data, self.addresses, strict=True):
@@ -178,5 +216,12 @@ class Weights:
             for tensor, data in moved:
                 tensor.data = data
             _set_switches(self.layers, switches)
-            for module, mode in zip(self.holders, modes, strict=True):
-                module.training = mode
+            self._set_modes(modes)
+
+    def _set_modes(self, modes: Sequence[bool]) -> list[bool]:
+        """Train or eval for each module; what they were before."""
+        before = [module.training for module in self.holders]
+        for module, old, new in zip(self.holders, before, modes, strict=True):
+            if old != new:  # a module's __setattr__ is slow
+                module.training = new
+        return before
