@@ -147,8 +147,8 @@ def moments(schedule: str, solver: StochasticSolver, steps: int) -> tuple[Tensor
      ("sde-dpm++ 2m", 2), ("sde-dpm++ 2m half", 2)],
 )  # fmt: skip
 def test_means_and_variances_converge_at_the_weak_order(schedule: str, name: str, order: int) -> None:
-    coarse, fine = (moments(schedule, SOLVERS[name], steps) for steps in (60, 120))
-    assert abs(math.log2(float(coarse[1].norm() / fine[1].norm())) - order) < 0.15
+    coarse, fine = (moments(schedule, SOLVERS[name], steps) for steps in (40, 80))
+    assert abs(math.log2(float(coarse[1].norm() / fine[1].norm())) - order) < 0.2
     if name.startswith("euler-maruyama") and float(fine[0].norm()) > 1e-12:
         assert abs(math.log2(float(coarse[0].norm() / fine[0].norm())) - order) < 0.1
     else:  # the others move the mean like the ODE of a point, which they solve exactly
@@ -158,7 +158,7 @@ def test_means_and_variances_converge_at_the_weak_order(schedule: str, name: str
 def test_exponential_euler_has_weak_order_one() -> None:
     """At eta = 1 the variance's leading error all but vanishes on some data; EDM's is an ordinary case."""
     for name in ("exponential euler", "exponential euler half"):
-        coarse, fine = (moments("edm", SOLVERS[name], steps)[1] for steps in (320, 640))
+        coarse, fine = (moments("edm", SOLVERS[name], steps)[1] for steps in (200, 400))
         assert abs(math.log2(float(coarse.norm() / fine.norm())) - 1) < 0.1
 
 
@@ -245,17 +245,17 @@ def test_runs_from_no_signal_to_no_noise(name: str) -> None:
     is known along the path, whatever x_T is."""
     network = GaussianNetwork(Flow(), "flow_prediction").requires_grad_(False)
     network.log_variance.zero_()
-    rows = 500
+    rows = 200
     x = torch.randn(rows, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     whole = bd.Brownian(9).path(Flow(), [1.0, 0.0], x)(x, 1.0, 0.0)
     model = bd.Denoiser(network, Flow(), "flow_prediction")
     errors = []
-    for steps in (32, 64, 128):
-        times = torch.cos(torch.linspace(0, math.pi / 2, steps + 1, dtype=torch.float64)).clamp(0, 1)
+    for steps in (16, 32, 64):
+        times = torch.cos(torch.linspace(0, math.pi / 2, steps + 1, dtype=torch.float64)) ** 2
         times[-1] = 0
         found = bd.sample(model, x, torch.zeros(3), solver=SOLVERS[name], grid=times, seed=9).x0
         errors.append(float((found - network.mean - whole).square().mean().sqrt()))
-    assert regression(errors) > 0.4, errors
+    assert regression(errors) > 0.8, errors
 
 
 class Tilted(nn.Module):
