@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ from torch import Tensor, nn
 from backdrift.descent.randomness import seeded
 from backdrift.errors import InputError
 from backdrift.losses import Ambigram
-from backdrift.recipes import ambigram, successes
-from backdrift.recipes.ambigram import _shift, _Shifted, read, views
+from backdrift.recipes import ambigram
+from backdrift.recipes.ambigram import Jittered
 from backdrift.recipes.ddim import DDIM
-from backdrift.recipes.one_step import OneStep, guide_one_step, search
+from backdrift.recipes.one_step import OneStep, calls_of, guide_one_step
+from backdrift.recipes.reading import move, read, reads_both_ways, shift, views
+from backdrift.run import Run
 from tiny_pipelines import PICTURE, noise_for, tiny_sd
 
 
@@ -60,13 +64,26 @@ def test_views_are_whole_pixel_shifts_and_a_blur() -> None:
     assert torch.allclose(seen[9, 3:6, 3:6], torch.full((3, 3), 1 / 9))
     assert seen[9].sum() == pytest.approx(1)
     ramp = torch.arange(5.0).view(1, 1, 5, 1).expand(1, 3, 5, 5)
-    assert _shift(ramp, 2, 0)[0, 0, :, 0].tolist() == [0, 0, 0, 1, 2]  # the border comes in
+    assert shift(ramp, 2, 0)[0, 0, :, 0].tolist() == [0, 0, 0, 1, 2]  # the border comes in
 
 
-def test_the_random_shifts_follow_the_seed() -> None:
+def test_a_picture_is_moved_turned_and_enlarged_by_what_is_said() -> None:
+    image = torch.rand(2, 3, PICTURE, PICTURE, generator=torch.Generator().manual_seed(0))
+    pixel = 2 / PICTURE
+    for dy, dx in ((0, 1), (1, 0), (-2, 1)):
+        moved = move(image, dx * pixel, dy * pixel, 0.0, 0.0)
+        assert torch.allclose(moved, shift(image, dy, dx), atol=1e-5)
+    turned = torch.rot90(image, -1, (2, 3))
+    assert torch.allclose(move(image, 0.0, 0.0, math.pi / 2, 0.0), turned, atol=1e-5)
+    ramp = torch.linspace(-1, 1, 2 * PICTURE + 1)[1::2].expand(1, 3, PICTURE, PICTURE)
+    inner = move(ramp, 0.0, 0.0, 0.0, 0.25)[..., 2:-2, 2:-2]
+    assert torch.allclose(inner, ramp[..., 2:-2, 2:-2] / 1.25, atol=1e-5)
+
+
+def test_the_random_moves_follow_the_seed() -> None:
     image, loss = (
         torch.rand(1, 3, PICTURE, PICTURE, generator=torch.Generator().manual_seed(0)),
-        _Shifted(reader(), 2),
+        Jittered(reader(), 2),
     )
 
     def value(seed: int) -> float:
@@ -74,54 +91,75 @@ def test_the_random_shifts_follow_the_seed() -> None:
             return loss(image).item()
 
     assert value(0) == value(0) != value(1)
-    assert _Shifted(reader(), 0)(image).item() == reader()(image).item()
+    assert Jittered(reader(), 0)(image).item() == reader()(image).item()
 
 
-def test_an_ambigram_is_found_beside_its_baseline_and_found_again(tmp_path: Path) -> None:
+CALLS = "network calls for each picture, forward and back"
+SMALL: dict[str, Any] = {"loss": reader(), "prompt": "a 2", "num_inference_steps": 2, "progress": False}
+
+
+def test_ambigrams_are_found_beside_their_baseline_with_as_many_calls(tmp_path: Path) -> None:
     """A tiny untrained pipeline can make either half brighter, so both must lower the loss."""
-    kwargs: dict[str, Any] = {
-        "loss": reader(),
-        "prompt": "a 2",
-        "num_inference_steps": 2,
-        "steps": 4,
-        "progress": False,
-    }
-    run = ambigram(tiny_sd(), "top", "bottom", out=tmp_path / "a", lr=0.1, **kwargs)
-    losses = [entry["loss"] for entry in run.record["iterations"]]
-    assert run.best.loss < 0.98 * losses[0]
+    how = OneStep(0.5, 0.0, 1.0)
+    kwargs = SMALL | {"seeds": [0, 5], "steps": 4, "baseline": how, "enough": None}
+    run = ambigram(tiny_sd(), "top", "bottom", out=tmp_path / "a", **kwargs)
+    first = run.record["iterations"][0]["per_sample"]
+    best = [entry["loss"] for entry in run.record["best"]["per_sample"]]
+    assert all(after < 0.98 * before for after, before in zip(best, first, strict=True))
     figures = run.record["figures"]
-    assert figures["one-step guidance: seconds"] >= run.record["stats"]["seconds"]
-    part = read(run.best.images, reader())[0].tolist()
-    assert figures["ours: views right both ways"] == pytest.approx(part[2])
-    assert figures["ours reads"] == ("both ways" if part[2] >= 0.8 else "not both ways")
+    assert figures[CALLS] == 2 * 4 + 2 * 5  # four updates are pulled back, five sets of pictures are made
+    assert calls_of(how, 2) == 4
+    assert figures["one-step guidance: tries"] == 5  # 18 calls in tries of 4: the last one may exceed them
+    for who, images in (
+        ("through the whole run", run.best.images),
+        ("one-step guidance", run.tensors("one_step_guidance")["images"]),
+    ):
+        right = (read(images, reader())[:, 2] >= 0.8).sum()
+        assert figures[f"{who}: read both ways by the loss's classifier"] == f"{right} of 2"
+        assert torch.equal(read(images, reader())[:, 2] >= 0.8, reads_both_ways(images, reader()))
     assert set(run.record["pictures"]) >= {"before", "after", "upside down", "one-step guidance"}
-    again = ambigram(tiny_sd(), "top", "bottom", out=tmp_path / "a", lr=0.1, **kwargs)
+    again = ambigram(tiny_sd(), "top", "bottom", out=tmp_path / "a", **kwargs)
     assert again.record == run.record
 
 
-def test_successes_are_counted_over_seeds(tmp_path: Path) -> None:
-    lines: list[str] = []
-    kwargs: dict[str, Any] = {
-        "loss": reader(),
-        "prompt": "a 2",
-        "num_inference_steps": 1,
-        "steps": 1,
-        "progress": False,
-    }
-    summary = successes(
-        tiny_sd(), "top", "bottom", seeds=[0, 5], out=tmp_path, show=lines.append, baseline=False, **kwargs
-    )
-    from backdrift.run import Run
+def test_a_seed_is_the_same_alone_and_in_company(tmp_path: Path) -> None:
+    def made(name: str, seeds: list[int]) -> Run:
+        kwargs = SMALL | {"seeds": seeds, "steps": 2, "jitter": 0, "baseline": None}
+        return ambigram(tiny_sd(), "top", "bottom", out=tmp_path / name, **kwargs)
 
-    verdicts = [Run.load(tmp_path / f"seed-{s}").record["figures"]["ours reads"] for s in (0, 5)]
-    counted = summary.record["figures"]["through the whole run: read both ways"]
-    assert counted == f"{verdicts.count('both ways')} of 2"
-    assert f"through the whole run: read both ways: {counted}" in lines
+    both, alone = made("both", [0, 5]), made("alone", [5])
+    assert torch.allclose(both.best.images[1:], alone.best.images, rtol=0, atol=1e-5)
+
+
+def test_the_baseline_goes_on_where_it_was_and_ends_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kwargs = SMALL | {"steps": 3, "baseline": OneStep(0.5, 0.0, 1.0)}
+    whole = ambigram(tiny_sd(), "top", "bottom", out=tmp_path / "whole", **kwargs)
+    tries = 0
+
+    def killed(*args: Any, **more: Any) -> Tensor:
+        nonlocal tries
+        tries += 1
+        if tries == 3:
+            raise KeyboardInterrupt
+        return guide_one_step(*args, **more)
+
+    recipe = sys.modules[Jittered.__module__]
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "guide_one_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ambigram(tiny_sd(), "top", "bottom", out=tmp_path / "part", **kwargs)
+    part = ambigram(tiny_sd(), "top", "bottom", out=tmp_path / "part", **kwargs)
+    assert part.record["figures"] == whole.record["figures"]
+    found, wanted = (r.tensors("one_step_guidance") for r in (part, whole))
+    assert torch.equal(found["images"], wanted["images"])
+    assert part.finished
+
+
+def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no seeds"):
-        successes(tiny_sd(), seeds=0, out=tmp_path / "b")
-
-
-def test_jitter_is_checked(tmp_path: Path) -> None:
+        ambigram(tiny_sd(), loss=reader(), prompt="a", seeds=[], out=tmp_path / "a")
     with pytest.raises(InputError, match="jitter=8"):
         ambigram(tiny_sd(), loss=reader(), prompt="a", jitter=8, out=tmp_path / "a")
 
@@ -196,20 +234,27 @@ def test_time_travel_keeps_the_marginal_s_variance() -> None:
     assert back.std().item() == pytest.approx(float(ddim.sigmas[i]), rel=0.01)
 
 
-def test_the_search_keeps_the_best_of_its_tries() -> None:
-    pipe, values = tiny_sd(), []
+def test_every_call_of_a_guided_run_is_counted() -> None:
+    pipe, noise = tiny_sd(), noise_for(tiny_sd())
+    forward, back = 0, 0
 
-    def loss(images: Tensor) -> Tensor:
-        value = distance(images)
-        if not value.requires_grad:
-            values.append(value.item())
-        return value
+    def called(module: Any, args: Any, out: Any) -> None:
+        nonlocal forward
+        forward += 1
+        if out.sample.requires_grad:
+            out.sample.register_hook(pulled)
 
-    image, found = search(
-        pipe, "a 2", lambda draw: noise_for(pipe, seed=draw), loss, 1.0, num_inference_steps=1
-    )
-    assert found["tries"] == len(values) >= 1
-    assert found["loss"] == min(values) == pytest.approx(distance(image).item())
-    assert found["seconds"] >= 1.0
+    def pulled(gradient: Tensor) -> None:
+        nonlocal back
+        back += 1
+
+    pipe.unet.requires_grad_(False).register_forward_hook(called)
+    for how in (OneStep(0.5, 0.3, 0.7), OneStep(0.5, 0.0, 1.0, 3)):
+        forward = back = 0
+        guide_one_step(pipe, ["a 2"], noise, distance, how, num_inference_steps=5)
+        assert forward + back == calls_of(how, 5)
+
+
+def test_settings_of_guidance_are_checked() -> None:
     with pytest.raises(InputError, match="strength"):
         OneStep(strength=0)

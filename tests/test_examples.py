@@ -16,7 +16,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 LEAVES = {
     "invert_an_effect": ["another.png", "embedding.safetensors", "report.html"],
-    "ambigrams": ["summary/report.html"],
+    "ambigrams": ["report.html", "pictures/upside-down.png", "pictures/one-step-guidance.png"],
 }
 
 

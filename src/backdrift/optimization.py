@@ -119,11 +119,7 @@ def optimize(
             )
         more = make_examples(pipe, list(heldout_prompts), height, width, seed + 1, None)
     call = sampler_call(pipe, height, width, num_inference_steps, guidance_scale, pipeline_kwargs)
-    options = Options(
-        steps=steps, seed=seed, optimizer=optimizer, optimizer_kwargs=optimizer_kwargs, lr=lr, lr_schedule=lr_schedule,
-        clip_grad=clip_grad, noise_prior=noise_prior, patience=patience, enough=enough, minibatch=minibatch,
-        chunk=chunk, memory=memory, clamp=clamp, checkpoint_every=checkpoint_every, call=call,
-    )  # fmt: skip
+    options = Options.among(locals())
     settings = options.settings(variable) | {
         "loss": objective.spec,
         "loss_tensors": describe_tensors(objective),
@@ -146,4 +142,15 @@ def optimize(
         heldout_examples=more,
         callback=callback,
         progress=progress,
+        judge=_reading(objective) if hasattr(objective, "reads") else None,
     ).go()
+
+
+def _reading(objective: Any) -> Callable[[Tensor], dict[str, Any]]:
+    """For losses that can tell success from a small value (``reads(images)``: (n, k) booleans, all to be true)."""
+
+    def said(images: Tensor) -> dict[str, Any]:
+        right = objective.reads(images.float().clamp(0, 1)).all(1)
+        return {"read as wanted by the loss's own network": f"{int(right.sum())} of {len(right)}"}
+
+    return said

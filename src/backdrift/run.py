@@ -38,7 +38,8 @@ The record (``record.json``, UTF-8, no NaN: an unknown number is ``null``)
 ``best``                  ``null`` or {``iteration``, ``loss``, ``heldout`` (or ``null``)}, and for
                           independent samples ``per_sample``: list of {``iteration``, ``loss``}
 ``pictures``              {name: {``path``, ``caption``}}, in the order in which to show them; ``path``
-                          is relative to the folder. Usual names: ``before``, ``target``, ``after``
+                          is relative to the folder. Usual names: ``before``, ``target``, ``after``.
+                          ``"flagged": true`` where the pipeline's safety checker flagged a picture of it
 ``tensors``               {name: {``path``, ``shapes``: {tensor name: [sizes]}}}
 ``files``                 {name: {``path``, ``caption``}}: other things to take away (an embedding, a LoRA)
 ``stats``                 {``network_calls``, ``redone``, ``vjps``, ``peak_bytes``, ``seconds``}: sums over
@@ -244,16 +245,18 @@ class Run:
         write_atomically(self.folder / path, lambda f: f.write(data))
         self.record["tensors"][name] = {"path": path, "shapes": {k: list(v.shape) for k, v in flat.items()}}
 
-    def save_picture(self, name: str, images: Tensor, caption: str) -> None:
+    def save_picture(self, name: str, images: Tensor, caption: str, *, flagged: bool = False) -> None:
         """Write ``pictures/<name>.png`` and enter it in the record.
 
         Args:
             images: (3, H, W) or (N, 3, H, W) in [0, 1]; clamped. Several become one row.
+            flagged: whether a safety checker flagged any of them; the page blurs the row then.
         """
         path = f"pictures/{name.replace(' ', '-')}.png"
         row = to_pil(side_by_side(images if images.ndim == 4 else images[None]))
         write_atomically(self.folder / path, lambda f: row.save(f, format="PNG"))
-        self.record["pictures"][name] = {"path": path, "caption": caption}
+        more = {"flagged": True} if flagged else {}
+        self.record["pictures"][name] = {"path": path, "caption": caption, **more}
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write all that a restart needs, in one file so that it is never half of one iteration."""

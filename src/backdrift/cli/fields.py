@@ -18,6 +18,11 @@ Strings = Annotated[list[str], BeforeValidator(_as_list)]
 """In a settings file one string or a list of them; on the command line given once or more often."""
 
 
+SHOW_FLAGGED: Any = Field(
+    False, description="Show what the pipeline's own safety checker flags; else it is blackened or blurred."
+)
+
+
 class Sampling(Settings):
     """How pictures are made."""
 
@@ -34,6 +39,7 @@ class Sampling(Settings):
         None, description="Classifier-free guidance.", json_schema_extra={"default": "the pipeline's"}
     )
     negative_prompt: str | None = Field(None, description="What the pictures should not show.")
+    show_flagged: bool = SHOW_FLAGGED
 
 
 class Descending(Sampling):

@@ -16,7 +16,7 @@ def finish(run: Any, settings: Settings, command: str) -> None:
     from ..report.figures import change, number, seconds
 
     dump(settings, run.folder / CONFIG, command)
-    page = write(run.folder)
+    page = write(run.folder, blur_flagged=not getattr(settings, "show_flagged", False))
     record = run.record
     console = Console(highlight=False, soft_wrap=True)
     best = record["best"]
@@ -29,6 +29,8 @@ def finish(run: Any, settings: Settings, command: str) -> None:
         )
     if record["message"]:
         console.print(f"{record['status']}: {record['message']}", markup=False)
+    if any(picture.get("flagged") for picture in record["pictures"].values()):
+        console.print("The safety checker flagged pictures; --show-flagged shows them on the page.")
     for name, entry in record["files"].items():
         console.print(f"{name}: {run.folder / entry['path']}", markup=False)
     console.print(f"report: {page}", markup=False)

@@ -39,16 +39,20 @@ def generate(settings: GenerateSettings) -> None:
     """
     folder = settings.out or Path("runs") / f"{_slug(settings.prompt[0])}-{settings.seed}"
     pipe = open_pipeline(settings)
-    images, prompts = _pictures(pipe, settings)
+    images, flags, prompts = _pictures(pipe, settings)
     new_folder(folder, settings.overwrite)
-    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+    for i, (image, flagged, prompt) in enumerate(zip(images, flags, prompts, strict=True)):
         path = folder / f"{i:02d}-{_slug(prompt)}.png"
         image.save(path)
         typer.echo(str(path))
+        if flagged:
+            done = "shown" if settings.show_flagged else "blackened; --show-flagged shows it"
+            typer.echo(f"The pipeline's safety checker flagged {path.name}: {done}.", err=True)
     dump(settings, folder / "run.yaml", "generate")
 
 
-def _pictures(pipe: Any, settings: GenerateSettings) -> tuple[list[Any], list[str]]:
+def _pictures(pipe: Any, settings: GenerateSettings) -> tuple[list[Any], list[bool], list[str]]:
+    """PIL images, which of them the safety checker flagged, and their prompts."""
     import torch
 
     from ..descent.randomness import generator
@@ -69,8 +73,18 @@ def _pictures(pipe: Any, settings: GenerateSettings) -> tuple[list[Any], list[st
 
         text = load_embedding(settings.embedding).call(pipe, prompts)
     random = [generator(settings.seed, "sampler", i) for i in range(len(prompts))]
+    given = {**text, "latents": noise, "generator": random, **call}
     with torch.no_grad():
-        return list(pipe(**text, latents=noise, generator=random, output_type="pil", **call).images), prompts
+        if settings.show_flagged:  # only the differentiable call leaves flagged pictures as they are
+            from ..pipelines.differentiable import differentiable
+
+            made = differentiable(pipe, clamp=True)
+            made(**given)
+            images, flags = made.pil, made.flagged
+        else:
+            found = pipe(**given, output_type="pil")
+            images, flags = list(found.images), getattr(found, "nsfw_content_detected", None)
+    return images, flags or [False] * len(images), prompts
 
 
 def _slug(text: str) -> str:

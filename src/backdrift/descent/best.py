@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .measure import Measured
+
 
 class BestSoFar:
     """Keeps values and pictures whose score is lowest.
@@ -14,22 +16,25 @@ class BestSoFar:
     Attributes:
         values: the optimised tensors at their best.
         images: the pictures they made, (n, 3, H, W).
+        flagged: (n,) which of these the pipeline's safety checker flagged.
         losses, scores, iterations: (n,) for independent samples, else (1,).
         stale: iterations since the last improvement.
     """
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
-        self.images = self.losses = self.scores = self.iterations = torch.empty(0)
+        self.images = self.flagged = self.losses = self.scores = self.iterations = torch.empty(0)
         self.stale = 0
 
     def offer(
-        self, iteration: int, values: dict[str, Tensor], images: Tensor, losses: Tensor, scores: Tensor
+        self, iteration: int, values: dict[str, Tensor], found: Measured, losses: Tensor, scores: Tensor
     ) -> None:
         """Keep what is better. ``losses`` and ``scores``: (n,) for independent samples, else (1,)."""
+        images, flagged = found.images, found.flagged
         if not self.values:
             better = torch.ones_like(scores, dtype=torch.bool)
-            self.values, self.images, self.losses, self.scores = values, images, losses, scores
+            self.values, self.images, self.flagged = values, images, flagged
+            self.losses, self.scores = losses, scores
             self.iterations = torch.zeros_like(scores, dtype=torch.int64)
         else:
             better = scores < self.scores
@@ -42,7 +47,7 @@ class BestSoFar:
             return torch.where(rows, new.detach(), old.detach())
 
         self.values = {k: choose(v, self.values[k]) for k, v in values.items()}
-        self.images = choose(images, self.images)
+        self.images, self.flagged = choose(images, self.images), choose(flagged, self.flagged)
         self.losses, self.scores = choose(losses, self.losses), choose(scores, self.scores)
         self.iterations = torch.where(better, iteration, self.iterations)
 

@@ -39,6 +39,7 @@ class Descent:
         callback: called after each update as ``callback(run, entry)``.
         progress: show a bar.
         figures: further rows of the record's table.
+        judge: what is said of the best pictures (n, 3, H, W), as further rows of the table.
     """
 
     def __init__(
@@ -55,11 +56,12 @@ class Descent:
         callback: Callable[[Run, dict[str, Any]], Any] | None = None,
         progress: bool = True,
         figures: dict[str, Any] | None = None,
+        judge: Callable[[Tensor], dict[str, Any]] | None = None,
     ) -> None:
         self.pipe, self.variable, self.examples, self.objective = pipe, variable, list(examples), objective
         self.options, self.run, self.callback, self.progress = options, run, callback, progress
         self.heldout, self.heldout_examples = heldout, heldout_examples
-        self.figures = figures or {}
+        self.figures, self.judge = figures or {}, judge
         self.best = BestSoFar()
 
     def go(self) -> Run:
@@ -130,7 +132,7 @@ class Descent:
             )
         self._enter(i, batch, found, prior)
         if i == 0:
-            self._before(found.images)
+            self._before(found)
         scores = self._judge(i, batch, found, prior)
         reason = self._reason()
         if not reason and not last:
@@ -222,7 +224,7 @@ class Descent:
                 recent = [e["loss"] for e in self.run.record["iterations"][-epoch:]]
                 scores = scores.new_tensor([sum(recent) / len(recent)])
         values = {k: v.detach() for k, v in self.variable.parameters.items()}
-        self.best.offer(i, values, found.images, losses, scores)
+        self.best.offer(i, values, found, losses, scores)
         self.run.record["best"] = self.best.record(held is not None)
         return scores
 
@@ -231,9 +233,11 @@ class Descent:
     def _everything(self) -> Measured:
         return self.measure(self.examples, range(len(self.examples)), self.objective, gradient=False)
 
-    def _before(self, images: Tensor) -> None:
-        self.run.save_picture("before", images if len(images) == len(self.examples) else self._everything().images,
-                              "before")  # fmt: skip
+    def _before(self, found: Measured) -> None:
+        if len(found.images) < len(self.examples):
+            found = self._everything()
+        self.run.record["figures"]["loss before"] = found.losses.mean().item()
+        self.run.save_picture("before", found.images, "before", flagged=bool(found.flagged.any()))
         targets = [e.target for e in self.examples if e.target is not None]
         if len(targets) == len(self.examples):
             self.run.save_picture("target", torch.stack(targets), "target")
@@ -255,7 +259,7 @@ class Descent:
         self.run.save_tensors("best", self.best.values)
         self.run.save_tensors("best_images", {"images": self.best.images})
         caption = f"after: iteration {self.best.iteration}, loss {self.best.loss:.4g}"
-        self.run.save_picture("after", self.best.images, caption)
+        self.run.save_picture("after", self.best.images, caption, flagged=bool(self.best.flagged.any()))
 
     def _finish(self, reason: str) -> None:
         """Leave the variable at its best, write that down, and close the run."""
@@ -263,14 +267,16 @@ class Descent:
         if len(self.best.images) < len(self.examples):
             with seeded(self.options.seed, "iteration", self.best.iteration):
                 found = self._everything()
-            self.best.images, self.best.losses = found.images, found.losses.mean().reshape(1)
+            self.best.images, self.best.flagged = found.images, found.flagged
+            self.best.losses = found.losses.mean().reshape(1)
             self.run.record["best"]["loss"] = self.best.loss
         self._save_best()
         self.run.record["figures"] |= self.figures | {
-            "loss before": self.run.record["iterations"][0]["loss"],
             "best loss": self.best.loss,
             "best iteration": self.best.iteration,
         }
+        if self.judge is not None:
+            self.run.record["figures"] |= self.judge(self.best.images)
         self.variable.export(self.pipe, self.run)
         self.run.finish("stopped early" if reason else "finished", reason)
 

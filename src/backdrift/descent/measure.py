@@ -22,11 +22,19 @@ Objective = Callable[[Tensor, Sequence[Example]], Tensor]
 
 @dataclass
 class Measured:
-    """Pictures (n, 3, H, W), losses (n,), both detached, and the gradient by parameter (empty: none taken)."""
+    """What was measured; nothing of it has a graph.
+
+    Attributes:
+        images: (n, 3, H, W).
+        losses: (n,).
+        gradients: by parameter; empty where none was taken.
+        flagged: (n,) booleans: what the pipeline's safety checker says; all false without one.
+    """
 
     images: Tensor
     losses: Tensor
     gradients: dict[str, Tensor]
+    flagged: Tensor
 
 
 class Measure:
@@ -49,6 +57,7 @@ class Measure:
         """
         size = self.options.chunk or len(batch)
         images, losses = [], []
+        flags: list[bool] = []
         gradients: dict[str, Tensor] = {}
         share = 1.0 if self.variable.independent else 1.0 / len(batch)
         for start in range(0, len(batch), size):
@@ -69,8 +78,10 @@ class Measure:
             self._tally(tracked.stats)
             images.append(leaf.detach())
             losses.append(values.detach())
+            flags += tracked.flagged or [False] * len(part)
         check_finite(**{f"gradient of {name}": g for name, g in gradients.items()})
-        return Measured(torch.cat(images), torch.cat(losses), gradients)
+        flagged = torch.tensor(flags, device=images[0].device)
+        return Measured(torch.cat(images), torch.cat(losses), gradients, flagged)
 
     def _generate(
         self, chosen: Sequence[Example], examples: Sequence[Example], batch: list[int], gradient: bool

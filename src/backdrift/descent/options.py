@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..errors import InputError
@@ -45,6 +46,11 @@ class Options:
             raise InputError(f"clip_grad={self.clip_grad!r} must be positive, or None for no clipping.")
         if not self.noise_prior >= 0:
             raise InputError(f"noise_prior={self.noise_prior!r} must be 0 or more.")
+
+    @classmethod
+    def among(cls, given: Mapping[str, Any]) -> Options:
+        """The options among the arguments of a verb, by their names; a verb hands in its ``locals()``."""
+        return cls(**{f.name: given[f.name] for f in fields(cls) if f.name in given})
 
     def settings(self, variable: Variable) -> dict[str, Any]:
         """The options as they will be used, for the record."""

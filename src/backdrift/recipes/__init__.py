@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .ambigram import ambigram, successes
+from .ambigram import ambigram
 from .effect import measure_effect
 from .embedding import Embedding, load_embedding
 from .invert import invert
@@ -16,5 +16,4 @@ __all__ = [
     "invert",
     "load_embedding",
     "measure_effect",
-    "successes",
 ]

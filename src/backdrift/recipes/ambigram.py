@@ -2,10 +2,11 @@
 
 No prompt asks for this; a loss on the *finished* picture does: the cross-entropy of a classifier for
 ``upright`` on the picture plus that for ``upside_down`` on the picture turned by 180 degrees, descended through the
-whole sampling run. Beside it, the same seconds are spent on one-step guidance (:mod:`~.one_step`).
+whole sampling run. Beside it, as many network calls are spent on one-step guidance (:mod:`~.one_step`).
 
-The loss sees each picture shifted a little, at random, so that no single pixel decides; success is judged on other
-views (fixed shifts, a blur), each of which has to be read right in both directions.
+The loss sees each picture moved a little, at random, so that no single pixel decides. How the pictures read is
+told by the loss's own classifier on fixed views (:mod:`~.reading`): that flatters both sides, since both were
+made to please it. A judge of one's own is put to ``run.best.images`` and ``run.tensors("one_step_guidance")``.
 """
 
 from __future__ import annotations
@@ -15,48 +16,47 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..descent import Descent, Example, Noise, Options
-from ..descent.subject import (
-    check_prompts,
-    describe_pipeline,
-    make_examples,
-    picture_size,
-    sampler_call,
-)
+from ..descent.randomness import seeded
+from ..descent.subject import check_prompts, describe_pipeline, make_examples, picture_size, sampler_call
 from ..errors import InputError
 from ..losses import Ambigram
+from ..progress import progress_bar
 from ..run import Run
-from .one_step import search
+from .one_step import OneStep, calls_of, guide_one_step, safety_flags
+from .reading import move, reads_both_ways
 
-SHIFTS = tuple((dy, dx) for dy in (-2, 0, 2) for dx in (-2, 0, 2))
-NEEDED = 0.8
-"""The part of the judged views that must read right in both directions."""
+OURS, OTHER = "through the whole run", "one-step guidance"
+CALLS = "network calls for each picture, forward and back"
+BASELINE = OneStep(0.5, 0.0, 1.0)
+"""The settings that ``python -m benchmarks.applications settings`` found best on seeds of their own."""
 
 
 def ambigram(
     pipe: Any,
-    upright: str = "two",
+    upright: str = "four",
     upside_down: str = "seven",
     *,
     prompt: str | None = None,
+    seeds: Sequence[int] = (0,),
     loss: Ambigram | None = None,
     height: int | None = None,
     width: int | None = None,
     num_inference_steps: int = 31,
     guidance_scale: float = 2.0,
     steps: int = 50,
-    seed: int = 0,
     lr: float = 0.1,
     noise_prior: float = 0.01,
     enough: float | None = 0.05,
-    jitter: int = 2,
-    baseline: bool = True,
+    jitter: float = 2.0,
+    baseline: OneStep | None = BASELINE,
+    chunk: int | None = None,
     memory: str | int = "auto",
     out: str | Path | None = None,
     resume: bool = True,
+    checkpoint_every: int = 1,
     progress: bool = True,
     callback: Callable[[Run, dict[str, Any]], Any] | None = None,
 ) -> Run:
@@ -65,184 +65,134 @@ def ambigram(
     Args:
         upright, upside_down: classes of the classifier.
         prompt: what the sampler is told; default ``"a red <upright> on white"``.
+        seeds: one picture from the noise of each, optimised side by side and each by itself.
         loss: an :class:`~backdrift.losses.Ambigram`; default one on the built-in classifier.
-        enough: stop when loss and prior together are this small (``None``: use all ``steps``).
-        jitter: the loss sees the picture shifted at random by up to so many pixels (0: as it is).
-        baseline: also spend the same seconds on one-step guidance.
+        enough: stop when loss and prior together are this small for every picture (``None``: use all ``steps``).
+        jitter: the loss sees the picture moved, turned and scaled at random by up to so many pixels (0: as it is).
+        baseline: how one-step guidance is done, with as many network calls for each picture; ``None``: not at all.
+        chunk: pictures per call of the pipeline; default all.
         Others: as in :func:`backdrift.optimize`.
 
     Returns:
-        The run; its figures say how both were read (``"ours reads"``, ``"one-step guidance reads"``).
+        The run; its figures say how many pictures of either sort read both ways, and with how many network calls.
+
+    Raises:
+        InputError: a setting cannot be used.
     """
+    if not seeds:
+        raise InputError("There are no seeds; give at least one.")
     reader = loss if loss is not None else Ambigram(upright, upside_down)
-    prompt = prompt if prompt is not None else f"a red {upright} on white"
+    prompts = [prompt if prompt is not None else f"a red {upright} on white"] * len(seeds)
     height, width = picture_size(pipe, height, width)
     if not 0 <= jitter < min(height, width) // 4:
         raise InputError(f"jitter={jitter} must be between 0 and {min(height, width) // 4 - 1} pixels.")
-    check_prompts(pipe, [prompt])
+    check_prompts(pipe, prompts[:1])
     call = sampler_call(pipe, height, width, num_inference_steps, guidance_scale, None)
-    options = Options(
-        steps=steps, seed=seed, lr=lr, noise_prior=noise_prior, enough=enough, memory=memory, call=call
-    )  # fmt: skip
+    options = Options.among(locals() | {"seed": seeds[0]})
     variable = Noise()
     settings = options.settings(variable) | {
+        "seeds": list(seeds),
         "upright": upright,
         "upside_down": upside_down,
         "loss": reader.spec,
         "jitter": jitter,
+        "baseline": None if baseline is None else vars(baseline),
         "pipeline": describe_pipeline(pipe),
     }
     run = Run.open(
-        "ambigram", settings, title=f"ambigram: {upright} upright, {upside_down} upside-down", prompt=[prompt],
-        seed=seed, out=out, resume=resume,
+        "ambigram", settings, title=f"ambigram: {upright} upright, {upside_down} upside-down", prompt=prompts,
+        seed=seeds[0], out=out, resume=resume,
     )  # fmt: skip
-    examples = make_examples(pipe, [prompt], height, width, seed)
-    objective = _Shifted(reader, jitter)
-    Descent(pipe, variable, examples, objective, options, run, callback=callback, progress=progress).go()
-    if "ours reads" not in run.record["figures"]:
-        _judge_ours(run, reader)
-    if baseline and "one-step guidance reads" not in run.record["figures"]:
-        _baseline(run, pipe, prompt, objective, reader, call, seed)
+    examples = [make_examples(pipe, prompts[:1], height, width, seed)[0] for seed in seeds]
+    objective = Jittered(reader, jitter)
+    Descent(
+        pipe, variable, examples, objective, options, run, callback=callback, progress=progress,
+        judge=lambda images: _verdict(OURS, images, reader),
+    ).go()  # fmt: skip
+    if CALLS not in run.record["figures"]:
+        _turn(run)
+    if baseline is not None and "one-step guidance" not in run.record["pictures"]:
+        _baseline(run, pipe, examples, objective, baseline, call, progress)
     return run
 
 
-def successes(
-    pipe: Any, upright: str = "two", upside_down: str = "seven", *, seeds: int | Sequence[int] = 20,
-    out: str | Path = "runs/ambigrams", show: Callable[[str], Any] | None = print, **kwargs: Any,
-) -> Run:  # fmt: skip
-    """Make an ambigram from every seed, count how many are read as wanted, and print it line by line.
+class Jittered:
+    """The reader's loss on the picture as it is and on three that are moved, turned and scaled at random.
 
-    Args:
-        seeds: how many, or which.
-        out: a folder; each seed has its own run in it, so that a killed count goes on where it was.
-        show: what prints a line; ``None`` for silence.
-        kwargs: further arguments of :func:`ambigram`.
-
-    Returns:
-        A run whose figures hold the two counts.
+    A point of the picture's rim moves by at most ``jitter`` pixels for each of the three. All pictures of an
+    iteration are moved alike, so that one does not depend on its company.
     """
-    chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if not chosen:
-        raise InputError("There are no seeds; give a number of at least 1, or a list of them.")
-    folder = Path(out)
-    runs = []
-    for seed in chosen:
-        one = ambigram(pipe, upright, upside_down, seed=seed, out=folder / f"seed-{seed}", **kwargs)
-        runs.append(one)
-        if show is not None:
-            figures = one.record["figures"]
-            other = figures.get("one-step guidance reads", "not run")
-            show(f"seed {seed}: through the whole run {figures['ours reads']}, one-step guidance {other}")
-    settings = {k: v for k, v in runs[0].record["settings"].items() if k != "seed"} | {"seeds": chosen}
-    summary = Run.open(
-        "ambigrams", settings, title=f"{len(chosen)} ambigrams: {upright} / {upside_down}",
-        prompt=runs[0].record["prompt"], seed=chosen[0], out=folder / "summary",
-    )  # fmt: skip
-    with summary.writing():
-        _summarise(summary, runs)
-    if show is not None:
-        for name, value in summary.record["figures"].items():
-            show(f"{name}: {value}")
-    return summary
 
-
-def views(images: Tensor) -> Tensor:
-    """The views that are judged, (n, 10, 3, H, W): nine shifts by 0 or ±2 pixels, and a blur."""
-    shifted = [_shift(images, dy, dx) for dy, dx in SHIFTS]
-    soft = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    return torch.stack([*shifted, soft], 1)
-
-
-@torch.no_grad()
-def read(images: Tensor, reader: Ambigram) -> Tensor:
-    """The part of the judged views of each picture that read right (upright, turned, both): (n, 3)."""
-    seen = views(images.clamp(0, 1))
-    right = reader.reads(seen.flatten(0, 1)).view(len(images), -1, 2).float()
-    return torch.cat([right, right.prod(2, keepdim=True)], 2).mean(1)
-
-
-class _Shifted:
-    """The reader's loss on pictures that are shifted at random, afresh in every iteration."""
-
-    def __init__(self, reader: Ambigram, jitter: int) -> None:
+    def __init__(self, reader: Ambigram, jitter: float) -> None:
         self.reader, self.jitter = reader, jitter
 
     def __call__(self, images: Tensor, examples: Sequence[Example] = ()) -> Tensor:
         if not self.jitter:
             return self.reader(images)
-        shifts = torch.randint(-self.jitter, self.jitter + 1, (2, 2)).tolist()
-        moved = [_shift(images, dy, dx) for dy, dx in shifts]
-        values = [self.reader(each) for each in [images, *moved]]
-        return torch.stack(values).mean(0)
+        most = 2 * self.jitter / min(images.shape[-2:])  # half the picture's side is 1
+        moved = [move(images, *(most * (2 * torch.rand(4) - 1)).tolist()) for _ in range(3)]
+        return torch.stack([self.reader(each) for each in [images, *moved]]).mean(0)
 
 
-def _shift(images: Tensor, dy: int, dx: int) -> Tensor:
-    """Pictures moved by whole pixels; what comes in is the border repeated."""
-    n = max(abs(dy), abs(dx))
-    if not n:
-        return images
-    wide = F.pad(images, (n, n, n, n), mode="replicate")
-    h, w = images.shape[-2:]
-    return wide[..., n - dy : n - dy + h, n - dx : n - dx + w]
-
-
-def _judge_ours(run: Run, reader: Ambigram) -> None:
-    image = run.best.images
+def _turn(run: Run) -> None:
+    """Show the pictures upside-down, and count the network calls that each of them took."""
+    settings, iterations = run.record["settings"], run.record["iterations"]
+    n, updates = len(settings["seeds"]), sum(entry["grad_norm"] is not None for entry in iterations)
+    chunks = -(-n // (settings["chunk"] or n))
+    # What the memory plan redid is left out: the baseline's share must not depend on the plan.
+    each = run.record["stats"]["vjps"] // (updates * chunks) if updates else settings["num_inference_steps"]
     with run.writing():
-        run.save_picture("upside down", image.flip((-2, -1)), "after, turned by 180 degrees")
-        run.record["figures"] |= _verdict("ours", read(image, reader)[0])
+        run.record["figures"][CALLS] = each * (len(iterations) + updates)
+        run.save_picture(
+            "upside down", run.best.images.flip((-2, -1)), "after, turned by 180 degrees",
+            flagged="flagged" in run.record["pictures"]["after"],
+        )  # fmt: skip
         run.finish(run.record["status"], run.record["message"])
 
 
 def _baseline(
-    run: Run, pipe: Any, prompt: str, objective: _Shifted, reader: Ambigram, call: dict[str, Any], seed: int
-) -> None:
-    """The same seconds on one-step guidance, into the same record."""
-    from ..descent.randomness import seeded
-
-    def noises(draw: int) -> Tensor:
-        first = seed if draw == 0 else 1_000_003 * draw + seed
-        return make_examples(pipe, [prompt], call["height"], call["width"], first)[0].noise
-
-    with run.writing():
-        with seeded(seed, "one-step guidance"):
-            image, found = search(
-                pipe, prompt, noises, objective, run.record["stats"]["seconds"] or 0.0,
-                num_inference_steps=call["num_inference_steps"], guidance_scale=call["guidance_scale"],
-            )  # fmt: skip
-        run.save_picture("one-step guidance", image, f"one-step guidance, the best of {found['tries']} tries")
-        run.save_tensors("one_step_guidance", {"images": image})
-        run.record["figures"] |= {f"one-step guidance: {k}": v for k, v in found.items()}
-        run.record["figures"] |= _verdict("one-step guidance", read(image, reader)[0])
+    run: Run, pipe: Any, examples: Sequence[Example], objective: Jittered, how: OneStep, call: dict[str, Any],
+    progress: bool,
+) -> None:  # fmt: skip
+    """One-step guidance from noise after noise until the calls are spent; of each picture the best is kept."""
+    seeds, figures = run.record["settings"]["seeds"], run.record["figures"]
+    prompts = [example.prompt for example in examples]
+    size = call["height"], call["width"]
+    kwargs = {k: call[k] for k in ("num_inference_steps", "guidance_scale")}
+    tries = -(-figures[CALLS] // calls_of(how, call["num_inference_steps"]))
+    begin = int(figures.get("one-step guidance: tries", 0))
+    best = run.tensors("one_step_guidance") if begin else None
+    with run.writing(), progress_bar(tries, progress) as show:
+        for draw in range(begin, tries):
+            noise = torch.cat(
+                [make_examples(pipe, prompts[:1], *size, _draw(seed, draw))[0].noise for seed in seeds]
+            )
+            with seeded(seeds[0], "one-step guidance", draw):
+                images = guide_one_step(pipe, prompts, noise, objective, how, seed=draw, **kwargs)
+                with torch.no_grad():
+                    losses = objective(images)
+            if best is not None:
+                better = losses < best["losses"].to(losses)
+                images = torch.where(better.view(-1, 1, 1, 1), images, best["images"].to(images))
+                losses = torch.where(better, losses, best["losses"].to(losses))
+            best = {"images": images.detach(), "losses": losses}
+            run.save_tensors("one_step_guidance", best)
+            figures["one-step guidance: tries"] = draw + 1
+            run.save_record()
+            show(draw + 1, {"loss": losses.mean().item()})
+        assert best is not None  # there is at least one try
+        caption, flags = f"one-step guidance, the best of {tries} tries", safety_flags(pipe, best["images"])
+        run.save_picture("one-step guidance", best["images"], caption, flagged=any(flags))
+        figures["one-step guidance: best loss"] = best["losses"].mean().item()
+        figures |= _verdict(OTHER, best["images"], objective.reader)
         run.finish(run.record["status"], run.record["message"])
 
 
-def _verdict(who: str, part: Tensor) -> dict[str, Any]:
-    up, turned, both = part.tolist()
-    return {
-        f"{who}: views right upright": up,
-        f"{who}: views right upside-down": turned,
-        f"{who}: views right both ways": both,
-        f"{who} reads": "both ways" if both >= NEEDED else "not both ways",
-    }
+def _draw(seed: int, draw: int) -> int:
+    """The seed of a try's noise; the first try is made from the same noise as ours."""
+    return seed if draw == 0 else 1_000_003 * draw + seed
 
 
-def _summarise(summary: Run, runs: Sequence[Run]) -> None:
-    summary.clear()
-    n = len(runs)
-    figures: dict[str, Any] = {}
-    for who, name in (
-        ("ours", "through the whole run"),
-        ("one-step guidance", "one-step guidance, same seconds"),
-    ):
-        verdicts = [
-            r.record["figures"][f"{who} reads"] for r in runs if f"{who} reads" in r.record["figures"]
-        ]
-        if verdicts:
-            figures[f"{name}: read both ways"] = f"{verdicts.count('both ways')} of {len(verdicts)}"
-    figures["seconds per ambigram (mean)"] = sum(r.record["stats"]["seconds"] for r in runs) / n
-    summary.record["figures"] = figures
-    after = torch.cat([r.best.images for r in runs])
-    summary.save_picture("upright", after, f"{n} seeds, upright")
-    summary.save_picture("upside down", after.flip((-2, -1)), "the same, turned by 180 degrees")
-    summary.finish()
+def _verdict(who: str, images: Tensor, reader: Ambigram) -> dict[str, Any]:
+    right = int(reads_both_ways(images, reader).sum())
+    return {f"{who}: read both ways by the loss's classifier": f"{right} of {len(images)}"}

@@ -58,19 +58,19 @@ def measure_effect(
     height, width = picture_size(pipe, height, width)
     call = sampler_call(pipe, height, width, num_inference_steps, guidance_scale, None)
     check_prompts(pipe, [f"{p}, {effect}" for p in prompts])
-    made: dict[str, list[Tensor]] = {"plain": [], "words": [], "embedding": []}
-    for prompt, seed in zip(prompts, seeds, strict=True):
-        noise = make_examples(pipe, [prompt], height, width, seed)[0].noise
-        texts: dict[str, dict[str, Any]] = {
-            "plain": {"prompt": prompt},
-            "words": {"prompt": f"{prompt}, {effect}"},
-            "embedding": embedding.call(pipe, [prompt]),
-        }
-        for name, text in texts.items():
-            again = torch.Generator().manual_seed(seed)
-            images = pipe(**text, latents=noise, generator=again, output_type="pt", **call).images
-            made[name].append(images[0].float())
-    pictures = {name: torch.stack(images) for name, images in made.items()}
+    noise = torch.cat(
+        [make_examples(pipe, [p], height, width, s)[0].noise for p, s in zip(prompts, seeds, strict=True)]
+    )
+    texts: dict[str, dict[str, Any]] = {
+        "plain": {"prompt": list(prompts)},
+        "words": {"prompt": [f"{p}, {effect}" for p in prompts]},
+        "embedding": embedding.call(pipe, list(prompts)),
+    }
+    pictures: dict[str, Tensor] = {}
+    for name, text in texts.items():
+        again = [torch.Generator().manual_seed(seed) for seed in seeds]
+        images = pipe(**text, latents=noise, generator=again, output_type="pt", **call).images
+        pictures[name] = images.float()
     figures: dict[str, float] = {}
     for measure, function in MEASURES.items():
         means = {name: function(images).mean().item() for name, images in pictures.items()}

@@ -206,11 +206,7 @@ def invert(
     check_prompts(pipe, prompts)
     variable.prepare(pipe, prompts)
     call = sampler_call(pipe, height, width, num_inference_steps, guidance_scale, pipeline_kwargs)
-    options = Options(
-        steps=steps, seed=seed, optimizer=optimizer, optimizer_kwargs=optimizer_kwargs, lr=lr,
-        lr_schedule=lr_schedule, clip_grad=clip_grad, patience=patience, minibatch=minibatch, chunk=chunk,
-        memory=memory, clamp=clamp, checkpoint_every=checkpoint_every, call=call,
-    )  # fmt: skip
+    options = Options.among(locals())
     encoder = PairEncoder(
         pipe, height, width, call, iterations=encode_iterations,
         num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,

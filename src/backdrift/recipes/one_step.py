@@ -9,10 +9,8 @@ and tries again ("time travel"). Every sample has its own rho.
 
 from __future__ import annotations
 
-import itertools
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -77,50 +75,18 @@ def guide_one_step(
         return ddim.decode(x)
 
 
-def search(
-    pipe: Any,
-    prompt: str,
-    noises: Callable[[int], Tensor],
-    loss: Callable[[Tensor], Tensor],
-    seconds: float,
-    *,
-    num_inference_steps: int = 31,
-    guidance_scale: float = 7.5,
-) -> tuple[Tensor, dict[str, Any]]:
-    """The best picture that one-step guidance finds within ``seconds``.
-
-    Strengths, windows and repeats are tried from ``noises(0)``, then from further noises, so the baseline also
-    has the luck of many draws. At least one try is made, and a try that has begun is finished.
-
-    Returns:
-        The picture (1, 3, H, W), and {``loss``, ``tries``, ``seconds``, ``draw``, the best try's settings}.
-    """
-    began = time.perf_counter()
-    best: Tensor | None = None
-    found: dict[str, Any] = {"tries": 0}
-    for draw, how in _tries():
-        image = guide_one_step(
-            pipe, [prompt], noises(draw), loss, how, num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale, seed=draw,
-        )  # fmt: skip
-        with torch.no_grad():
-            value = loss(image).item()
-        found["tries"] += 1
-        if best is None or value < found["loss"]:
-            best = image
-            found |= {"loss": value, "draw": draw, **asdict(how)}
-        if time.perf_counter() - began >= seconds:
-            break
-    assert best is not None  # the tries never end by themselves
-    return best, found | {"seconds": time.perf_counter() - began}
+def safety_flags(pipe: Any, images: Tensor) -> list[bool]:
+    """What the pipeline's safety checker says of pictures in [0, 1] that its own call did not finish."""
+    if getattr(pipe, "safety_checker", None) is None or not hasattr(pipe, "run_safety_checker"):
+        return [False] * len(images)
+    _, flags = pipe.run_safety_checker(images.detach() * 2 - 1, images.device, pipe.dtype)
+    return [bool(flag) for flag in flags]
 
 
-def _tries() -> Iterator[tuple[int, OneStep]]:
-    strengths, windows = (0.2, 0.5, 0.1, 1.0), ((0.3, 0.7), (0.0, 0.7), (0.0, 1.0))
-    settings = [OneStep(s, *w, r) for r in (1, 3) for w in windows for s in strengths]
-    for draw in itertools.count():
-        for how in settings:
-            yield draw, how
+def calls_of(how: OneStep, num_inference_steps: int) -> int:
+    """Network calls of one guided run for each picture, forward and back: a guided step's estimate is pulled back."""
+    guided = sum(how.start <= i / num_inference_steps < how.stop for i in range(num_inference_steps))
+    return num_inference_steps - guided + 2 * how.repeats * guided
 
 
 def _guided_step(ddim: DDIM, x: Tensor, i: int, loss: Callable[[Tensor], Tensor], strength: float) -> Tensor:

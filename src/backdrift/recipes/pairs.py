@@ -42,7 +42,11 @@ def effect_pairs(
     width: int | None = None, num_inference_steps: int = 31, guidance_scale: float = 7.5,
     pipeline_kwargs: dict[str, Any] | None = None,
 ) -> list[Pair]:  # fmt: skip
-    """Pairs made by the pipeline itself, as in the paper: the same noise under ``prompt`` and ``prompt, effect``."""
+    """Pairs made by the pipeline itself, as in the paper: the same noise under ``prompt`` and ``prompt, effect``.
+
+    Raises:
+        InputError: a prompt is too long, or the pipeline's safety checker blackened a picture.
+    """
     from ..pipelines.load import noise as make_noise
 
     height, width = picture_size(pipe, height, width)
@@ -118,10 +122,13 @@ class PairEncoder:
 @torch.no_grad()
 def _sample(pipe: Any, prompt: str, noise: Tensor, call: dict[str, Any]) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    images = pipe(
-        prompt=prompt, latents=noise.to(pipe.dtype), generator=generator, output_type="pt", **call
-    ).images
-    return images[0].float()
+    made = pipe(prompt=prompt, latents=noise.to(pipe.dtype), generator=generator, output_type="pt", **call)
+    if any(getattr(made, "nsfw_content_detected", None) or ()):
+        raise InputError(
+            f"The pipeline's safety checker flagged the picture of {prompt!r} and blackened it, so there is nothing to "
+            "learn from. Use another seed or prompt."
+        )
+    return made.images[0].float()
 
 
 def as_pair(given: Pair | tuple[Picture, Picture, str]) -> Pair:
