@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint types bench figures clean
+.PHONY: install demo test lint types bench figures compatibility clean
 
 install: $(STAMP)
 
@@ -33,6 +33,9 @@ bench: $(STAMP)
 
 figures: $(STAMP)
 	$(BIN)/python -m benchmarks.figures --write
+
+compatibility: $(STAMP)
+	$(BIN)/python tests/compat/page.py --write
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -404,14 +404,11 @@ def bare(name: str, module: str = "") -> Any:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("IFPipeline", "encode_prompt runs under no_grad"),
-        ("Kandinsky3Pipeline", "encode_prompt runs under no_grad"),
         ("LEditsPPPipelineStableDiffusion", r"__call__ calls detach\(\)"),
         ("StableDiffusionAttendAndExcitePipeline", r"detach\(\)"),
         ("StableDiffusionDiffEditPipeline", r"detach\(\)"),
         ("SemanticStableDiffusionPipeline", r"detach\(\)"),
         ("StableDiffusionPix2PixZeroPipeline", r"detach\(\)"),
-        ("Kandinsky5I2IPipeline", r"prepare_latents uses no_grad\(\)"),
         ("WanAnimatePipeline", r"detach\(\)"),
         ("KandinskyV22CombinedPipeline", "made of other pipelines"),
     ],
@@ -430,6 +427,8 @@ def test_pipelines_that_cut_the_gradient_are_refused_by_name(name: str, message:
         "StableDiffusionXLInpaintPipeline",
         "PixArtSigmaPipeline",
         "WanPipeline",
+        "IFPipeline",  # its text is encoded under no_grad, which the run undoes
+        "Kandinsky5I2IPipeline",
     ],
 )
 def test_ordinary_pipelines_are_not_refused(name: str) -> None:
@@ -447,17 +446,6 @@ def test_what_is_no_pipeline_is_refused() -> None:
 
     with pytest.raises(UnsupportedError, match="ONNX"):
         bd.differentiable(OnnxStableDiffusionPipeline())
-
-    class ModularPipeline:
-        pass
-
-    with pytest.raises(UnsupportedError, match="modular"):
-        bd.differentiable(type("MyPipeline", (ModularPipeline,), {})())
-
-    pipe = tiny_sd()
-    del pipe.__dict__["image_processor"]
-    with pytest.raises(UnsupportedError, match="image processor"):
-        bd.differentiable(pipe)
 
 
 def test_offloading_hooks_and_caches_are_refused() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import threading
 import time
+from contextlib import nullcontext
 from contextvars import ContextVar, Token
 from functools import cache, wraps
 from types import MappingProxyType, TracebackType
@@ -18,10 +18,15 @@ from ..errors import InputError, MissingGradientError, UnsupportedError
 from ..memory import Ledger, MemoryPlan, Role
 from ..stats import RunStats
 from ..weights import Adapters
+from .calls import PipelineCall
+from .draws import Noise, checking, drawing
+from .endings import Ending, ending_of
+from .modular import guiders, is_modular, with_twin_blocks
 from .outputs import SafetyBeside, first_tensor, to_pil, unclamped, with_flags
 from .reach import check_reached, wanted
-from .refusals import check_components, check_pipeline, image_processors, plain_class, undecorated_call
+from .refusals import check_components, check_pipeline, image_processors, plain_class
 from .shadow import Train, copied_scheduler, networks, shadow, trained_parameters
+from .twins import twin
 
 __all__ = ["DifferentiableRun", "differentiable"]
 
@@ -32,7 +37,11 @@ _CHECKED: set[Any] = set()  # calls whose inputs were all found in their graphs
 
 
 def differentiable(
-    pipe: Any, memory: MemoryPlan | str | int = "auto", train: Train = None, clamp: bool = False
+    pipe: Any,
+    memory: MemoryPlan | str | int = "auto",
+    train: Train = None,
+    clamp: bool = False,
+    noise: torch.Tensor | None = None,
 ) -> DifferentiableRun:
     """Make calls of a diffusers pipeline differentiable, exactly, in bounded memory.
 
@@ -44,20 +53,24 @@ def differentiable(
     call, bit for bit on a CPU. ``backward()`` may run inside the block or after it.
 
     Args:
-        pipe: any diffusers pipeline that decodes through an image processor.
+        pipe: any diffusers pipeline, ordinary or modular.
         memory: ``"min"`` (one network call's activations at a time), ``"max"`` (plain autograd), ``"auto"``
             (from what is free), a number of bytes, or a size such as ``"6GiB"``.
         train: which weights get gradients: None, a component's name, ``"lora"`` (the active adapters of all
             components, text encoders included), a pattern such as ``"unet.*attn2*"``, or several of these.
         clamp: end in diffusers' own clamp to [0, 1], which has no gradient where pictures are saturated.
+        noise: takes the place of the pipeline's own first random draw of this shape, for pipelines without
+            ``latents=``; before the scheduler scales it. Other draws stay as they are.
 
     Returns:
-        The run. Inside it every call returns the pipeline's usual output with ``.images`` a tensor (N, 3, H, W)
-        in [0, 1], not clamped unless asked for, whatever ``output_type`` says (``"latent"``: the latents).
+        The run. Inside it every call returns the pipeline's usual output with a tensor in it, whatever
+        ``output_type`` says: pictures (``.images``) as (N, 3, H, W) and videos (``.frames``) as (N, frames, 3,
+        H, W), both in [0, 1] and not clamped unless asked for; sound (``.audios``) as the pipeline makes it,
+        (N, channels, samples) or (N, samples); with ``output_type="latent"`` the latents.
 
     Raises:
         UnsupportedError: the pipeline cannot be differentiated as it stands; says why and what to do.
-        InputError: ``train`` names nothing.
+        InputError: ``train`` names nothing; or, from the call, it draws no noise of the shape of ``noise``.
         BudgetError: ``memory`` is malformed; or, from the call, too small (names the smallest that works).
         MissingGradientError: from the call, if a tensor handed in requires grad and would get none.
         StateChangedError: from the backward pass, if weights, adapters or flags have changed.
@@ -68,7 +81,7 @@ def differentiable(
         >>> loss(images).backward()
         >>> run.stats
     """
-    return DifferentiableRun(pipe, memory=memory, train=train, clamp=clamp)
+    return DifferentiableRun(pipe, memory=memory, train=train, clamp=clamp, noise=noise)
 
 
 class DifferentiableRun:
@@ -80,14 +93,21 @@ class DifferentiableRun:
         pipe: the pipeline.
         stats: what was called, redone and held (:class:`~backdrift.stats.RunStats`).
         trained: dotted names of the weights that get gradients.
+        noise: what takes the place of each call's own draw; may be exchanged between calls.
     """
 
     def __init__(
-        self, pipe: Any, *, memory: MemoryPlan | str | int = "auto", train: Train = None, clamp: bool = False
+        self,
+        pipe: Any,
+        *,
+        memory: MemoryPlan | str | int = "auto",
+        train: Train = None,
+        clamp: bool = False,
+        noise: torch.Tensor | None = None,
     ) -> None:
         check_pipeline(pipe)
         check_components(pipe)
-        self.pipe, self.clamp = pipe, clamp
+        self.pipe, self.clamp, self.noise = pipe, clamp, noise
         self.stats = RunStats()
         self.trained = tuple(trained_parameters(pipe, train))
         self._train = train
@@ -123,22 +143,25 @@ class DifferentiableRun:
             raise InputError("differentiable inside torch.inference_mode(): leave that, it forbids gradients")
         check_components(self.pipe)
         start = time.perf_counter()
-        call = undecorated_call(plain_class(type(self.pipe)))
-        bound = _bind(call, self.pipe, args, kwargs)
-        latent = bound.arguments.get("output_type") == "latent"
-        if not latent:
-            bound.arguments["output_type"] = "pt"
-        clone, safety = self._clone()
+        ending = ending_of(plain_class(type(self.pipe)), self.clamp)
+        call = PipelineCall.of(self.pipe, args, kwargs, ending.output_type if ending is not None else "pt")
+        noise = None if self.noise is None else Noise(self.noise)
+        arguments = call.arguments | ({} if noise is None else {"noise": noise.tensor})
+        clone, safety = self._clone(ending, noise)
         self._ledger.begin()
         # A user's no_grad around the call is meant: it samples as cheaply as ever, and returns a tensor.
-        inputs = wanted(bound.arguments) if torch.is_grad_enabled() else {}
-        out = call(clone, *bound.args[1:], **bound.kwargs)
+        inputs = wanted(arguments) if torch.is_grad_enabled() else {}
+        with drawing(noise), nullcontext() if ending is None else ending:
+            out = call.run(clone)
+        if noise is not None:
+            noise.check()
         self._ledger.finish()
+        out = out if ending is None else ending.in_place_of_arrays(out)
         out = with_flags(out, safety.flags if safety is not None else None)
         result = first_tensor(out)
         if torch.is_grad_enabled():
-            self._check_result(result, inputs, bound.arguments)
-        self._pictures = None if latent or result is None else result.detach()
+            self._check_result(result, inputs, arguments)
+        self._pictures = None if call.latent or result is None else result.detach()
         self._flags = safety.flags if safety is not None else None
         self.stats.seconds_forward += time.perf_counter() - start
         return out
@@ -163,20 +186,27 @@ class DifferentiableRun:
         name = plain_class(type(self.pipe)).__name__
         return f"DifferentiableRun({name}, memory={self._ledger.plan}, trained={len(self.trained)} weights)"
 
-    def _clone(self) -> tuple[Any, SafetyBeside | None]:
+    def _clone(self, ending: Ending | None, noise: Noise | None) -> tuple[Any, SafetyBeside | None]:
         """The pipeline that really runs: the user's, on shadow networks, with a scheduler of its own."""
         trained = {id(p) for p in trained_parameters(self.pipe, self._train).values()}
         parts = networks(self.pipe)
         clone = copy.copy(self.pipe)
-        clone.__class__ = plain_class(type(self.pipe))
+        clone.__class__ = twin(plain_class(type(self.pipe)))
         # Straight into __dict__: the pipeline's __setattr__ would edit the configuration that both share.
         own = clone.__dict__
         users = Adapters(list(parts.items()))
         for name, module in parts.items():
-            own[name] = self._planned(name, shadow(module, trained), users)
+            own[name] = self._planned(name, shadow(module, trained), users, ending)
+            if noise is not None and name.startswith(("unet", "transformer")):
+                own[name].forward = checking(own[name].forward, noise)
         for name, value in list(own.items()):
             if name.endswith("scheduler") and hasattr(value, "step"):
                 own[name] = copied_scheduler(value)
+                if noise is not None:
+                    own[name].step = checking(own[name].step, noise)
+        if is_modular(type(self.pipe)):
+            own["_blocks"] = with_twin_blocks(self.pipe._blocks)
+            own |= {name: copied_scheduler(value) for name, value in guiders(self.pipe).items()}
         if not self.clamp:
             own |= {name: unclamped(p) for name, p in image_processors(self.pipe).items()}
         if own.get("watermark") is not None:
@@ -187,7 +217,7 @@ class DifferentiableRun:
             own["run_safety_checker"] = safety
         return clone, safety
 
-    def _planned(self, name: str, module: nn.Module, users: Adapters) -> nn.Module:
+    def _planned(self, name: str, module: nn.Module, users: Adapters, ending: Ending | None) -> nn.Module:
         """The shadow with its calls under the memory plan."""
         role: Role = "network"
         if "encoder" in name or name in ("safety_checker", "image_projection"):
@@ -197,7 +227,8 @@ class DifferentiableRun:
             role = "decoder"
             methods += [m for m in ("encode", "decode") if hasattr(module, m)]
         for method in methods:
-            setattr(module, method, self._plan(getattr(module, method), name, module, role, users))
+            planned = self._plan(getattr(module, method), name, module, role, users)
+            setattr(module, method, planned if ending is None else ending.asleep(planned))
         return module
 
     def _plan(self, fn: Any, name: str, module: nn.Module, role: Role, users: Adapters) -> Any:
@@ -230,18 +261,6 @@ class DifferentiableRun:
         if key not in _CHECKED:
             check_reached(result, inputs)
             _CHECKED.add(key)
-
-
-def _bind(call: Any, pipe: Any, args: Any, kwargs: Any) -> inspect.BoundArguments:
-    signature = inspect.signature(call)
-    bound = signature.bind(pipe, *args, **kwargs)  # TypeError for a wrong call, as from the pipeline itself
-    if "output_type" not in signature.parameters:
-        raise UnsupportedError(f"{type(pipe).__name__} has no output_type, so it cannot return a tensor")
-    if bound.arguments.get("padding_mask_crop") is not None:
-        raise UnsupportedError(
-            "padding_mask_crop pastes the result in PIL, where gradients end; crop yourself"
-        )
-    return bound
 
 
 @cache

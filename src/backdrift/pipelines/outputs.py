@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from ..errors import InputError
+from .modular import RESULTS
 from .refusals import image_processors
 
 
@@ -27,10 +29,18 @@ def _denormalize(images: torch.Tensor) -> torch.Tensor:
 
 
 def to_pil(pipe: Any, pictures: torch.Tensor) -> list[Any]:
-    """PIL copies of pictures (N, 3, H, W) or of videos (N, frames, 3, H, W: a list of frames each)."""
+    """PIL copies of pictures (N, C, H, W) or of videos (N, frames, C, H, W: a list of frames each).
+
+    Raises:
+        InputError: the tensor holds no pictures (sound).
+    """
+    from diffusers.image_processor import VaeImageProcessor
+
     if pictures.ndim == 5:
         return [to_pil(pipe, video) for video in pictures]
-    processor = next(iter(image_processors(pipe).values()))
+    if pictures.ndim != 4 or pictures.shape[1] not in (1, 3, 4):
+        raise InputError(f"{tuple(pictures.shape)} are no pictures: they cannot be shown as PIL copies")
+    processor = next(iter(image_processors(pipe).values()), VaeImageProcessor)
     return processor.numpy_to_pil(processor.pt_to_numpy(pictures.detach().clamp(0, 1)))
 
 
@@ -47,9 +57,10 @@ class SafetyBeside:
         self._run_checker = run_checker
         self.flags: list[bool] | None = None
 
-    def __call__(self, image: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    def __call__(self, image: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        pictures = image.detach().clone() if isinstance(image, torch.Tensor) else copy.copy(image)
         with torch.no_grad():
-            result = self._run_checker(image.detach().clone(), *args, **kwargs)
+            result = self._run_checker(pictures, *args, **kwargs)
         self.flags = None if result[1] is None else [bool(flag) for flag in result[1]]
         # No flags for the pipeline: it would leave flagged pictures unscaled.
         return (image, *([None] * (len(result) - 1)))
@@ -68,6 +79,16 @@ def with_flags(out: Any, flags: list[bool] | None) -> Any:
 
 
 def first_tensor(out: Any) -> torch.Tensor | None:
-    """The pictures (or latents, or frames) of a pipeline's output: its first entry."""
-    first = out[0] if isinstance(out, tuple) else next(iter(out.values()), None)
+    """The pictures (or latents, frames, waveforms) of a pipeline's output: its first entry, if that is a tensor.
+
+    Of a modular pipeline's output (a state or a part of one), what the last block left.
+    """
+    if isinstance(out, torch.Tensor):
+        return out
+    values = out.values if hasattr(out, "kwargs_mapping") else out
+    if isinstance(values, Mapping):
+        left = [values[name] for name in RESULTS if isinstance(values.get(name), torch.Tensor)]
+        first = left[0] if left else next(iter(values.values()), None)
+    else:
+        first = values[0] if isinstance(values, list | tuple) and values else None
     return first if isinstance(first, torch.Tensor) else None

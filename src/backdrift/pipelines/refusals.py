@@ -10,14 +10,12 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedError
+from .modular import is_modular
+from .twins import is_no_grad, names, without_no_grad
 
-# Found in a pipeline's code, these names mean that it cuts the graph (it takes gradients of its own, or saves
-# memory).
-_CUTTERS = {
-    "detach": "calls detach()",
-    "no_grad": "uses no_grad()",
-    "inference_mode": "uses inference_mode()",
-}
+# Found in a pipeline's code, these names mean that it cuts the graph (it takes gradients of its own). ``no_grad``
+# is none of them: it does nothing in the twins that are run (see :mod:`.twins`).
+_CUTTERS = {"detach": "calls detach()", "set_grad_enabled": "switches gradients off"}
 # Methods that cut the graph but only where no gradient passes: text before it is encoded, flags beside the
 # pictures, and options that are off unless asked for.
 _HARMLESS = {
@@ -42,8 +40,7 @@ def undecorated_call(cls: type) -> Callable[..., Any]:
     """
     call: Any = cls.__call__
     while hasattr(call, "__wrapped__"):
-        # The code object tells whose wrapper it is; its other attributes are copied from what it wraps.
-        if not call.__code__.co_filename.replace("\\", "/").endswith("torch/utils/_contextlib.py"):
+        if not is_no_grad(call):
             raise UnsupportedError(
                 f"{cls.__name__}.__call__ has a decorator other than torch.no_grad, so it cannot be run with "
                 "gradients; remove the decorator"
@@ -56,8 +53,8 @@ def check_pipeline(pipe: Any) -> None:
     """Refuse what the class of a pipeline rules out.
 
     Raises:
-        UnsupportedError: not a diffusers pipeline, ONNX, modular, made of other pipelines, without an image
-            processor, or with code that cuts the graph between its inputs and its pictures.
+        UnsupportedError: not a diffusers pipeline, ONNX, made of other pipelines, or with code that cuts the
+            graph between its inputs and its pictures.
     """
     from diffusers import DiffusionPipeline
 
@@ -65,10 +62,9 @@ def check_pipeline(pipe: Any) -> None:
     name = cls.__name__
     if name.startswith("Onnx") or "ONNX" in name:
         raise UnsupportedError(f"{name} runs in ONNX, which has no gradients; load its PyTorch version")
-    if "Modular" in name or any("Modular" in base.__name__ for base in cls.__mro__):
-        raise UnsupportedError(
-            f"{name} is a modular pipeline, whose blocks run under no_grad; load the ordinary pipeline"
-        )
+    if is_modular(cls):
+        check_blocks(pipe)
+        return
     if not isinstance(pipe, DiffusionPipeline):
         raise UnsupportedError(
             f"{name} is not a diffusers pipeline; for your own network use backdrift.sample"
@@ -79,15 +75,28 @@ def check_pipeline(pipe: Any) -> None:
             f"{name} is made of other pipelines ({', '.join(inner) or 'combined'}); make those differentiable, "
             "and hand the first one's output to the next"
         )
-    if not image_processors(pipe):
-        raise UnsupportedError(
-            f"{name} makes its pictures without an image processor, through numpy, where gradients end"
-        )
     if getattr(pipe, "_free_init_num_iters", None) is not None:
         raise UnsupportedError(f"{name} detaches the latents under FreeInit: pipe.disable_free_init()")
     reasons = list(_cuts(cls))
     if reasons:
         raise UnsupportedError(f"{name} cuts the gradient on its way: {'; '.join(reasons)}")
+
+
+def check_blocks(pipe: Any) -> None:
+    """Refuse a modular pipeline one of whose blocks cuts the graph.
+
+    Raises:
+        UnsupportedError: naming the block.
+    """
+    blocks = [pipe._blocks]
+    for block in blocks:  # grows as blocks within blocks are found
+        blocks += (getattr(block, "sub_blocks", None) or {}).values()
+        reasons = list(_cuts(type(block)))
+        if reasons:
+            raise UnsupportedError(
+                f"the block {type(block).__name__} of this modular pipeline cuts the gradient on its way: "
+                f"{'; '.join(reasons)}; replace that block"
+            )
 
 
 def image_processors(pipe: Any) -> dict[str, Any]:
@@ -125,38 +134,37 @@ def check_components(pipe: Any) -> None:
                 )
 
 
-def _cuts(cls: type) -> Iterator[str]:
-    """What in ``__call__`` and the methods it leads to takes a tensor out of the graph."""
+def reached(cls: type) -> Iterator[tuple[str, CodeType]]:
+    """Name and code of ``__call__`` and of every method that it leads to.
+
+    Methods of the common base classes (devices, offloading, saving) are left out, and so are those that are known
+    to be harmless.
+    """
     from diffusers import DiffusionPipeline
 
-    call = undecorated_call(cls)
-    yield from _cut_in("__call__", call.__code__)
+    call: Any = cls.__call__
+    call = without_no_grad(call)
+    yield "__call__", call.__code__
     seen = {"__call__", *_HARMLESS}
-    queue = sorted(set(_names(call.__code__)))
+    queue = sorted(set(names(call.__code__)))
     for name in queue:  # grows as methods are found
         method = inspect.getattr_static(cls, name, None)
         method = getattr(method, "__func__", method)
-        # Methods of the common base (devices, offloading, saving) mention no_grad for their own reasons.
         if name in seen or not inspect.isfunction(method) or hasattr(DiffusionPipeline, name):
             continue
         seen.add(name)
         code = inspect.unwrap(method).__code__
-        if method.__code__ is not code and method.__code__.co_filename.endswith("_contextlib.py"):
-            yield f"{name} runs under no_grad"
-        else:
-            yield from _cut_in(name, code)
-            queue += sorted(set(_names(code)))
+        yield name, code
+        queue += sorted(set(names(code)))
 
 
-def _cut_in(name: str, code: CodeType) -> Iterator[str]:
-    used = set(_names(code))
-    for cutter, what in _CUTTERS.items():
-        if cutter in used:
-            yield f"{name} {what}"
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
+def _cuts(cls: type) -> Iterator[str]:
+    """What in ``__call__`` and the methods it leads to takes a tensor out of the graph."""
+    undecorated_call(cls)
+    for name, code in reached(cls):
+        used = set(names(code))
+        for cutter, what in _CUTTERS.items():
+            if cutter in used:
+                yield f"{name} {what}"
+        if name == "__call__" and {"super", "__call__"} <= used:
+            yield "__call__ runs its base class's, which is under no_grad"
