@@ -176,7 +176,7 @@ class ScalarPaths:
         self.rho = torch.exp(torch.linspace(math.log(4.0), math.log(0.1), finest + 1, dtype=torch.float64))
         like = torch.zeros(rows, 1, dtype=torch.float64)
         draw = Brownian(seed).path(EDM(), self.rho.tolist(), like)
-        steps = [draw(like, *pair) for pair in itertools.pairwise(self.rho.tolist())]
+        steps = [draw(like, 1.0, *pair) for pair in itertools.pairwise(self.rho.tolist())]
         v = self.rho**2
         self.c = v / (1 + v)
         self.increments = torch.stack(steps) * (self.c[:-1] - self.c[1:]).sqrt()[:, None, None]

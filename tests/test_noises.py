@@ -51,7 +51,7 @@ def test_increments_have_the_path_s_covariance() -> None:
     times = [1.0, 0.7, 0.69, 0.2, 0.02, 0.0]
     x = torch.zeros(ROWS, 1, dtype=torch.float64)
     draw = Brownian(3).path(VP.linear(), times, x)
-    steps = torch.cat([draw(x, a, b) for a, b in itertools.pairwise(times)], dim=1)
+    steps = torch.cat([draw(x, 1.0, a, b) for a, b in itertools.pairwise(times)], dim=1)
     covariance = steps.T @ steps / ROWS
     assert float((covariance - torch.eye(5)).abs().max()) < 5 * math.sqrt(2 / ROWS)
     assert float((steps.mean(0)).abs().max()) < 5 / math.sqrt(ROWS)
@@ -67,7 +67,7 @@ def test_noises_of_two_steps_add_up_to_that_of_both(name: str) -> None:
         a, m, b = 80.0, 2.0, 0.01
     x = torch.zeros(50, 2, dtype=torch.float64)
     draw = Brownian(0).path(schedule, [a, b], x)
-    first, second, both = draw(x, a, m), draw(x, m, b), draw(x, a, b)
+    first, second, both = draw(x, 1.0, a, m), draw(x, 1.0, m, b), draw(x, 1.0, a, b)
 
     def clock(t: float) -> float:
         return math.sin(math.pi / 2 * round(angle(schedule, t) * 2**LEVELS) / 2**LEVELS) ** 2
@@ -80,20 +80,20 @@ def test_one_path_in_every_order_batch_and_dtype() -> None:
     schedule, x = Flow(), torch.zeros(6, 3, 2, dtype=torch.float64)
     times = [0.9, 0.5, 0.1]
     draw = Brownian(5).path(schedule, times, x)
-    forth = [draw(x, 0.9, 0.5), draw(x, 0.5, 0.1)]
+    forth = [draw(x, 1.0, 0.9, 0.5), draw(x, 1.0, 0.5, 0.1)]
     again = Brownian(5).path(schedule, times, x)
-    back = [again(x, 0.5, 0.1), again(x, 0.9, 0.5)][::-1]
+    back = [again(x, 1.0, 0.5, 0.1), again(x, 1.0, 0.9, 0.5)][::-1]
     fewer = Brownian(5).path(schedule, times, x[:2])
     single = Brownian(5).path(schedule, times, x.float())
     for one, other in zip(forth, back, strict=True):
         assert torch.equal(one, other)
-    assert torch.equal(fewer(x[:2], 0.9, 0.5), forth[0][:2])
-    assert torch.equal(single(x.float(), 0.9, 0.5), forth[0].float())
-    assert not torch.equal(Brownian(6).path(schedule, times, x)(x, 0.9, 0.5), forth[0])
+    assert torch.equal(fewer(x[:2], 1.0, 0.9, 0.5), forth[0][:2])
+    assert torch.equal(single(x.float(), 1.0, 0.9, 0.5), forth[0].float())
+    assert not torch.equal(Brownian(6).path(schedule, times, x)(x, 1.0, 0.9, 0.5), forth[0])
     # A large state is drawn level by level, a small one in one go.
     wide = torch.zeros(1, 70000, dtype=torch.float64)
     torch.testing.assert_close(
-        Brownian(5).path(schedule, times, wide)(wide, 0.9, 0.5)[0, :6],
+        Brownian(5).path(schedule, times, wide)(wide, 1.0, 0.9, 0.5)[0, :6],
         forth[0][0].flatten(),
         rtol=0,
         atol=1e-13,
@@ -104,7 +104,7 @@ def test_a_seed_per_row_is_that_row_wherever_it_stands() -> None:
     x, times = torch.zeros(3, 4, dtype=torch.float64), [0.9, 0.1]
 
     def noise(seed: int | list[int], rows: int) -> Tensor:
-        return Brownian(seed).path(Flow(), times, x[:rows])(x[:rows], 0.9, 0.1)
+        return Brownian(seed).path(Flow(), times, x[:rows])(x[:rows], 1.0, 0.9, 0.1)
 
     several = noise([7, -1, 2**80], 3)
     for row, seed in enumerate([7, -1, 2**80]):
@@ -118,8 +118,8 @@ def test_schedules_with_the_same_noise_to_signal_ratio_share_the_path() -> None:
     rhos = (3.0, 0.4)
     flow = [rho / (1 + rho) for rho in rhos]
     torch.testing.assert_close(
-        Brownian(1).path(Flow(), flow, x)(x, *flow),
-        Brownian(1).path(EDM(), rhos, x)(x, *rhos),
+        Brownian(1).path(Flow(), flow, x)(x, 1.0, *flow),
+        Brownian(1).path(EDM(), rhos, x)(x, 1.0, *rhos),
         rtol=0,
         atol=1e-12,
     )
@@ -128,9 +128,9 @@ def test_schedules_with_the_same_noise_to_signal_ratio_share_the_path() -> None:
 def test_both_ends_of_the_clock_are_ordinary_points() -> None:
     """alpha = 0 at t = 1 and sigma = 0 at t = 0 of the flow: one step over all is W(1), of unit variance."""
     x = torch.zeros(ROWS, 1, dtype=torch.float64)
-    whole = Brownian(2).path(Flow(), [1.0, 0.0], x)(x, 1.0, 0.0)
+    whole = Brownian(2).path(Flow(), [1.0, 0.0], x)(x, 1.0, 1.0, 0.0)
     assert abs(float(whole.var()) - 1) < 5 * math.sqrt(2 / ROWS)
-    near = Brownian(2).path(Flow(), [1.0, 1e-6], x)(x, 1.0, 1e-6)
+    near = Brownian(2).path(Flow(), [1.0, 1e-6], x)(x, 1.0, 1.0, 1e-6)
     assert 0 < float((near - whole).norm() / whole.norm()) < 1e-5
 
 
@@ -152,4 +152,4 @@ def test_impossible_noise_is_refused() -> None:
     with pytest.raises(InputError, match=r"noise 1 has shape \(2, 2\)"):
         GivenNoise([x, x[:, :2]]).path(Flow(), [0.9, 0.5, 0.1], x)
     with pytest.raises(InputError, match="not a step of the grid"):
-        GivenNoise([x, x]).path(Flow(), [0.9, 0.5, 0.1], x)(x, 0.9, 0.1)
+        GivenNoise([x, x]).path(Flow(), [0.9, 0.5, 0.1], x)(x, 1.0, 0.9, 0.1)

@@ -247,7 +247,7 @@ def test_runs_from_no_signal_to_no_noise(name: str) -> None:
     network.log_variance.zero_()
     rows = 200
     x = torch.randn(rows, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    whole = bd.Brownian(9).path(Flow(), [1.0, 0.0], x)(x, 1.0, 0.0)
+    whole = bd.Brownian(9).path(Flow(), [1.0, 0.0], x)(x, 1.0, 1.0, 0.0)
     model = bd.Denoiser(network, Flow(), "flow_prediction")
     errors = []
     for steps in (16, 32, 64):

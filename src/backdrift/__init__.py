@@ -30,6 +30,8 @@ _EXPORTS: dict[str, str] = {
     "SDEDPMSolverPP": "solvers",
     "Brownian": "noises",
     "GivenNoise": "noises",
+    "cycle_encode": "cycle",
+    "CycleNoises": "cycle",
     "Plain": "gradients",
     "Exact": "gradients",
     "sample": "sampling",

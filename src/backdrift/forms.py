@@ -116,11 +116,12 @@ class Form:
         """
         return self._evaluate(conversion(self.prediction, "sample", *self.scales(t), t), x, t)
 
-    def noise(self, x: Tensor, a: Node, b: Node) -> Tensor:
-        """The run's noise for the step from ``a`` to ``b``: standard normal, like ``x``; the same whenever asked."""
+    def noise(self, mean: Tensor, std: float, a: Node, b: Node) -> Tensor:
+        """The run's noise for the step from ``a`` to ``b``, which goes to ``mean + std * noise``: standard normal, like
+        ``mean``; the same whenever asked."""
         if self.draw is None:
             raise InputError(f"this {self.name} form has no noise to add: give it draw=")
-        return self.draw(x, a.t, b.t)
+        return self.draw(mean, std, a.t, b.t)
 
     def _evaluate(self, coefficients: tuple[float, float], x: Tensor, t: float) -> Tensor:
         """on_x * x + on_output * output."""

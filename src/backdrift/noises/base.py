@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..schedules import Schedule
 
-Draw = Callable[[Tensor, float, float], Tensor]
-"""``draw(x, start, end)`` -> the noise of the step from time ``start`` to ``end``: standard normal, of x's shape,
-dtype and device."""
+Draw = Callable[[Tensor, float, float, float], Tensor]
+"""``draw(mean, std, start, end)`` -> the noise of the step from time ``start`` to ``end``, which goes to ``mean + std *
+noise``: standard normal, of the mean's shape, dtype and device."""
 
 
 class Noise(ABC):

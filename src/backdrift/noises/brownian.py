@@ -69,9 +69,9 @@ class Brownian(Noise):
                     "than it resolves): take fewer steps there, or give the noises as tensors"
                 )
 
-        def draw(like: Tensor, start: float, end: float) -> Tensor:
+        def draw(mean: Tensor, std: float, start: float, end: float) -> Tensor:
             found = (angles[t] if t in angles else angle(schedule, t) for t in (start, end))
-            return path.normal(*found).to(like)
+            return path.normal(*found).to(mean)
 
         return draw
 

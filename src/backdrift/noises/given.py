@@ -52,12 +52,12 @@ class GivenNoise(Noise):
                 )
         steps = dict(zip(itertools.pairwise(times), self.noises, strict=True))
 
-        def draw(like: Tensor, start: float, end: float) -> Tensor:
+        def draw(mean: Tensor, std: float, start: float, end: float) -> Tensor:
             if (start, end) not in steps:
                 raise InputError(
                     f"a solver asked for the noise from t = {start:g} to {end:g}, which is not a step of the grid: "
                     "use noise=Brownian(seed), which can be read at any time"
                 )
-            return steps[start, end].to(like.dtype)
+            return steps[start, end].to(mean.dtype)
 
         return draw

@@ -30,7 +30,7 @@ class StochasticStepper(Stepper):
 
     def step(self, form: Form, x: Tensor, a: Node, b: Node) -> Tensor:
         mean, std = self.moments(form, x, a, b)
-        return mean if std == 0 else mean.add(form.noise(x, a, b), alpha=std)
+        return mean if std == 0 else mean.add(form.noise(mean, std, a, b), alpha=std)
 
 
 class StochasticSolver(Solver):
