@@ -27,6 +27,7 @@ FLOORS: list[set[str]] = [
     {"memory"},
     {"gradients"},
     {"sampling"},
+    {"encoding"},
     {"cycle"},
     {"pipelines.classifier"},
     {"pipelines.assets"},  # the shipped networks: losses score with them

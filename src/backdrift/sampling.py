@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,10 @@ from .grids import TimeGrid
 from .integrate import Plan
 from .noises import Brownian, GivenNoise, Noise
 from .schedules import Flow
-from .solvers import Euler, Solver
+from .solvers import Euler, Pair, ReversibleSolver, Solver, State
 from .stats import RunStats
+
+Grid = TimeGrid | Sequence[float] | Tensor | None
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class Solution:
             latent on; a multistep solver's earlier evaluations count as given there.
         nfe: network calls of the forward run.
         stats: calls, redone calls, bytes and seconds; goes on counting during backward passes.
+        pair: a reversible solver's last pair, whose first member is ``x0``: what :func:`~backdrift.encode` leads back
+            to ``x_T`` without error; else None.
+        pairs: a reversible solver's pairs at all nodes, if the trajectory was asked for. A latent on the way is
+            then a pair: its gradient is that by both members of ``pairs[i]``.
     """
 
     x0: Tensor
@@ -40,15 +46,17 @@ class Solution:
     trajectory: tuple[Tensor, ...] | None
     nfe: int
     stats: RunStats
+    pair: Pair | None = None
+    pairs: tuple[Pair, ...] | None = None
 
 
 def sample(
     model: Denoiser,
-    x_T: Tensor,
+    x_T: Tensor | Pair,
     cond: Any = None,
     *,
     solver: Solver | None = None,
-    grid: TimeGrid | Sequence[float] | Tensor | None = None,
+    grid: Grid = None,
     form: str | None = None,
     gradient: GradientMethod | None = None,
     noise: Noise | Sequence[Tensor] | Tensor | None = None,
@@ -62,10 +70,11 @@ def sample(
         model: network, schedule, prediction and guidance.
         x_T: state at the grid's first time, (B, …): ``alpha * x0 + sigma * noise`` there, so plain noise for
             variance-preserving schedules and flows, ``sigma(T) * noise`` for EDM. A half-precision ``x_T`` is raised to
-            float32; whatever the network's dtype, the state keeps its own.
+            float32; whatever the network's dtype, the state keeps its own. With a reversible solver also a
+            :class:`~backdrift.Pair`, such as :func:`~backdrift.encode` returns; a tensor stands for it twice.
         cond: the network's conditioning, any nest of tensors.
         solver: :class:`~backdrift.solvers.Euler` (DDIM) if None.
-        grid: a :class:`TimeGrid`, or falling times; 20 uniform steps if None.
+        grid: a :class:`TimeGrid`, or falling times; if None 20 uniform steps.
         form: ``"original"``, ``"exponential"`` or ``"data"``; if None, the solver's own, else ``"original"`` for
             rectified flow (dx/dt = u) and ``"exponential"`` otherwise. Beside an end where the form is singular
             one step is taken on a form that is regular there.
@@ -88,38 +97,121 @@ def sample(
         >>> loss(solution.x0).backward()
     """
     solver, gradient = solver or Euler(), gradient or Exact()
-    _check(model, x_T, solver, gradient)
-    if not isinstance(grid, TimeGrid):
-        grid = TimeGrid("uniform", steps=20) if grid is None else TimeGrid(grid)
-    if form is None:
-        form = solver.default_form or ("original" if isinstance(model.schedule, Flow) else "exponential")
-    times = grid.nodes(model.schedule)
-    source = _noise(noise, seed)
-    plan = Plan(solver, form, model.schedule, model.prediction, times.tolist(), source)
-    x = x_T if x_T.dtype in (torch.float32, torch.float64) else x_T.float()
+    check_arguments(model, solver, gradient)
+    plan = plan_for(model, solver, grid, form, _noise(noise, seed))
+    state = state_for(plan, x_T, gradient, "x_T")
+    pair, x = (state, state.first) if isinstance(state, Pair) else (None, state)
 
     stats, start, before = RunStats(), time.perf_counter(), model.nfe
-    path, finite = [x], []
-    for state in gradient.run(Job(plan, model, x, cond, stats, trajectory, check_finite)):
-        x = state
-        if trajectory:
-            path.append(x)
-        if check_finite:
-            finite.append(x.detach().isfinite().all())
-    _check_finite(finite, times)
+    states = gradient.run(Job(plan, model, x, cond, stats, trajectory, check_finite, pair))
+    path = [state]
+    for state in finite(states, plan.times) if check_finite else states:
+        path[0 if not trajectory else len(path) :] = [state]
     stats.seconds_forward += time.perf_counter() - start
-    return Solution(x, times, tuple(path) if trajectory else None, model.nfe - before, stats)
+    times = torch.tensor(plan.times, dtype=torch.float64)
+    return _solution(path, times, trajectory, model.nfe - before, stats)
 
 
-def _check(model: Denoiser, x_T: Tensor, solver: Solver, gradient: GradientMethod) -> None:
+def _solution(path: list[State], times: Tensor, trajectory: bool, nfe: int, stats: RunStats) -> Solution:
+    pairs = tuple(state for state in path if isinstance(state, Pair))
+    firsts = tuple(state.first if isinstance(state, Pair) else state for state in path)
+    # A method that knows nothing of pairs starts from one and goes on with first members.
+    complete = len(pairs) == len(path)
+    return Solution(
+        firsts[-1],
+        times,
+        firsts if trajectory else None,
+        nfe,
+        stats,
+        pairs[-1] if complete else None,
+        pairs if complete and trajectory else None,
+    )
+
+
+def check_arguments(model: Denoiser, solver: Solver, gradient: GradientMethod) -> None:
+    """Raise if one of the three is something else.
+
+    Raises:
+        InputError: it is.
+    """
     wanted = ((model, Denoiser, "model"), (solver, Solver, "solver"), (gradient, GradientMethod, "gradient"))
     for value, kind, name in wanted:
         if not isinstance(value, kind):
             hint = " (an instance, so with brackets)" if isinstance(value, type) else ""
             raise InputError(f"{name} must be a {kind.__name__}{hint}; got {value!r}")
-    if not isinstance(x_T, Tensor) or not x_T.is_floating_point() or x_T.ndim == 0 or not len(x_T):
-        shown = f"{x_T.dtype} {tuple(x_T.shape)}" if isinstance(x_T, Tensor) else type(x_T).__name__
-        raise InputError(f"x_T must be a floating tensor (B, …) with B >= 1; got {shown}")
+
+
+def plan_for(
+    model: Denoiser, solver: Solver, grid: Grid, form: str | None, noise: Noise | None = None
+) -> Plan:
+    """The plan of a run with the defaults of :func:`sample`.
+
+    Raises:
+        InputError: the settings do not go together.
+    """
+    if not isinstance(grid, TimeGrid):
+        grid = TimeGrid("uniform", steps=20) if grid is None else TimeGrid(grid)
+    if form is None:
+        form = solver.default_form or ("original" if isinstance(model.schedule, Flow) else "exponential")
+    times = grid.nodes(model.schedule).tolist()
+    return Plan(solver, form, model.schedule, model.prediction, times, noise)
+
+
+def state_for(plan: Plan, start: Tensor | Pair, gradient: GradientMethod, name: str) -> State:
+    """The state that a run starts from, in float32 or more: a pair for a reversible solver, else a tensor.
+
+    Args:
+        plan: of the run.
+        start: what the user gave.
+        gradient: the run's gradient method.
+        name: what the user calls ``start``.
+
+    Raises:
+        InputError: it is no batch of states, or a pair that the solver or the method has no use for.
+    """
+    for x in start if isinstance(start, Pair) else (start,):
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0 or not len(x):
+            shown = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise InputError(f"{name} must be a floating tensor (B, …) with B >= 1; got {shown}")
+    reversible = isinstance(plan.solver, ReversibleSolver)
+    if not isinstance(start, Pair):
+        x = start if start.dtype in (torch.float32, torch.float64) else start.float()
+        return Pair(x, x) if reversible else x
+    kinds = [(x.shape, x.dtype, x.device) for x in start]
+    if kinds[0] != kinds[1]:
+        raise InputError(
+            f"the two of a Pair are alike in shape, dtype and device; got {kinds[0]} and {kinds[1]}"
+        )
+    if not reversible:
+        raise InputError(
+            f"{name} is a Pair, the state of a reversible solver; {plan.solver!r} steps from one tensor: pass "
+            f"{name}.first, or use the solver that encoded it"
+        )
+    if not gradient.takes_pairs:
+        raise InputError(
+            f"{gradient!r} starts from one tensor, not from a Pair: use gradient=Reversible(), Exact() or Plain()"
+        )
+    return start if start.first.dtype in (torch.float32, torch.float64) else Pair(*(x.float() for x in start))
+
+
+def finite(states: Iterable[State], times: Sequence[float]) -> Iterator[State]:
+    """The states, as they come; when they have ended, raise if one of them was not finite (one synchronisation).
+
+    Raises:
+        NonFiniteError: naming the first step.
+    """
+    flags = []
+    for state in states:
+        parts = [x.detach().isfinite().all() for x in (state if isinstance(state, Pair) else (state,))]
+        flags.append(parts[0] if len(parts) == 1 else parts[0] & parts[1])
+        yield state
+    if not flags or bool(torch.stack(flags).all()):
+        return
+    step = [bool(ok) for ok in flags].index(False)
+    raise NonFiniteError(
+        f"the state became NaN or infinite in step {step + 1} of {len(flags)}, from t = {times[step]:g} to "
+        f"{times[step + 1]:g}: the network's output or x_T is not finite, or the step is far too large"
+    )
 
 
 def _noise(noise: Noise | Sequence[Tensor] | Tensor | None, seed: int | Sequence[int] | None) -> Noise | None:
@@ -128,13 +220,3 @@ def _noise(noise: Noise | Sequence[Tensor] | Tensor | None, seed: int | Sequence
     if seed is not None:
         return Brownian(seed)
     return noise if noise is None or isinstance(noise, Noise) else GivenNoise(noise)
-
-
-def _check_finite(finite: list[Tensor], times: Tensor) -> None:
-    if not finite or bool(torch.stack(finite).all()):
-        return
-    step = [bool(ok) for ok in finite].index(False)
-    raise NonFiniteError(
-        f"the state became NaN or infinite in step {step + 1} of {len(finite)}, from t = {times[step].item():g} to "
-        f"{times[step + 1].item():g}: the network's output or x_T is not finite, or the step is far too large"
-    )

@@ -24,6 +24,7 @@ from ..denoiser import Denoiser
 from ..errors import UnsupportedError
 from ..forms import Call
 from ..integrate import Plan
+from ..solvers import Pair, State
 from ..stats import RunStats
 
 
@@ -39,6 +40,7 @@ class Job:
         stats: counts are added here, also by later backward passes.
         trajectory: whether the states at all nodes are handed to the user, who may differentiate by each.
         check_finite: whether a backward pass looks for NaN and infinity.
+        pair: the state where the run starts, for a reversible solver; ``x`` is its first member.
     """
 
     plan: Plan
@@ -48,10 +50,17 @@ class Job:
     stats: RunStats
     trajectory: bool = False
     check_finite: bool = True
+    pair: Pair | None = None
 
 
 class GradientMethod:
-    """How the gradient of a run is had. Define :meth:`begin` or :meth:`run` (see the module's text)."""
+    """How the gradient of a run is had. Define :meth:`begin` or :meth:`run` (see the module's text).
+
+    Attributes:
+        takes_pairs: whether the method can start from a reversible solver's pair of two different states.
+    """
+
+    takes_pairs: bool = False
 
     def begin(self, model: Denoiser, x: Tensor, cond: Any, evaluations: int, stats: RunStats) -> Call:
         """The evaluation ``call(x, t)`` to use throughout one run of the plan's own time loop.
@@ -70,11 +79,14 @@ class GradientMethod:
             f"{self!r} acts on a whole run, not call by call: use it as sample(gradient=...)"
         )
 
-    def run(self, job: Job) -> Iterator[Tensor]:
+    def run(self, job: Job) -> Iterator[State]:
         """The states at the nodes after the first, one by one, each with the graph its gradient needs.
+
+        A method that takes pairs yields a reversible solver's pairs; another one yields their first members.
 
         Raises:
             InputError: the method cannot be used with the job's solver or form.
         """
         plan = job.plan
-        yield from plan.states(job.x, self.begin(job.model, job.x, job.cond, plan.evaluations, job.stats))
+        call = self.begin(job.model, job.x, job.cond, plan.evaluations, job.stats)
+        yield from plan.states(job.x, call) if job.pair is None else plan.pairs(job.pair, call)

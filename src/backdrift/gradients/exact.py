@@ -45,6 +45,8 @@ class Exact(GradientMethod):
     changed. Second derivatives are refused (:class:`~backdrift.errors.UnsupportedError`).
     """
 
+    takes_pairs = True
+
     def __init__(self, memory: MemoryPlan | str | int = "auto") -> None:
         self.plan = MemoryPlan.parse(memory)
 

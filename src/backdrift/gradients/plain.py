@@ -16,6 +16,8 @@ class Plain(GradientMethod):
     """Ordinary backpropagation through the run. Memory grows with every call; second derivatives work, and
     nothing is checked beyond what PyTorch checks. The yardstick for every other method."""
 
+    takes_pairs = True
+
     def __repr__(self) -> str:
         return "Plain()"
 

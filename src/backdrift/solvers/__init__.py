@@ -2,7 +2,7 @@
 
 from .adams import AdamsBashforth
 from .base import Solver, Stepper
-from .coupled import Kick, Leg, Pair, PairRun, ReversibleSolver
+from .coupled import Kick, Leg, Pair, PairRun, ReversibleSolver, State
 from .dpm import DPMSolverPP
 from .reversible import EDICT, McCallumFoster, ReversibleHeun
 from .runge_kutta import RK4, Euler, ExplicitRungeKutta, Heun, Tableau
@@ -29,6 +29,7 @@ __all__ = [
     "ReversibleSolver",
     "SDEDPMSolverPP",
     "Solver",
+    "State",
     "Stepper",
     "StochasticSolver",
     "StochasticStepper",

@@ -39,6 +39,10 @@ class Pair(NamedTuple):
     second: Tensor
 
 
+State = Tensor | Pair
+"""What a run steps from node to node: a tensor (B, …), or a reversible solver's pair."""
+
+
 @dataclass(frozen=True)
 class Kick:
     """One move of one of the two (in the form's variable Y) by the other.
