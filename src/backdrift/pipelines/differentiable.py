@@ -26,6 +26,7 @@ from .outputs import SafetyBeside, first_tensor, to_pil, unclamped, with_flags
 from .reach import check_reached, wanted
 from .refusals import check_components, check_pipeline, image_processors, plain_class
 from .shadow import Train, copied_scheduler, networks, shadow, trained_parameters
+from .trainable import check_trainable
 from .twins import twin
 
 __all__ = ["DifferentiableRun", "differentiable"]
@@ -109,7 +110,9 @@ class DifferentiableRun:
         check_components(pipe)
         self.pipe, self.clamp, self.noise = pipe, clamp, noise
         self.stats = RunStats()
-        self.trained = tuple(trained_parameters(pipe, train))
+        trained = trained_parameters(pipe, train)
+        check_trainable(pipe, trained)
+        self.trained = tuple(trained)
         self._train = train
         self._ledger = Ledger(memory, stats=self.stats, defer=True)
         self._tokens: list[Token[Any]] = []
@@ -188,7 +191,9 @@ class DifferentiableRun:
 
     def _clone(self, ending: Ending | None, noise: Noise | None) -> tuple[Any, SafetyBeside | None]:
         """The pipeline that really runs: the user's, on shadow networks, with a scheduler of its own."""
-        trained = {id(p) for p in trained_parameters(self.pipe, self._train).values()}
+        weights = trained_parameters(self.pipe, self._train)
+        check_trainable(self.pipe, weights)
+        trained = {id(p) for p in weights.values()}
         parts = networks(self.pipe)
         clone = copy.copy(self.pipe)
         clone.__class__ = twin(plain_class(type(self.pipe)))
