@@ -19,7 +19,7 @@ COLOURS = ("red", "blue", "green", "purple", "orange")
 GROUNDS = ("white", "yellow", "grey", "gravel")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 UNSEEN = tuple(f"a {COLOURS[i % 5]} {DIGITS[i % 10]} on {GROUNDS[(i + i // 5) % 4]}" for i in range(20))
-WITHIN, LEAST_RIGHT, LEAST_FALL = 0.2, 0.9, 0.9
+WITHIN, RIGHT, LEFT = 0.2, 0.9, 0.1
 
 # The paper inverts one pair with 50 updates at a constant 0.1 over all free slots. That is the default of
 # bd.invert, and fits one pair; asked for the effect on other noise and prompts, it learns the pair by heart. So
@@ -45,9 +45,9 @@ def invert_effect(pipe: Any, slots: str, effect: str, folder: Path) -> dict[str,
 def met(effect: str, found: dict[str, float]) -> dict[str, bool]:
     """Which of the aims are met."""
     return {
-        "loss falls by 90 %": found["best loss"] <= (1 - LEAST_FALL) * found["loss before"],
+        "loss falls by 90 %": found["best loss"] <= LEFT * found["loss before"],
         "effect within 20 % of the words'": abs(found[f"{EFFECTS[effect]}: embedding / words"] - 1) <= WITHIN,
-        "digit right in 90 %": found["right: embedding"] >= LEAST_RIGHT,
+        "digit right in 90 %": found["right: embedding"] >= RIGHT,
     }
 
 
