@@ -432,3 +432,51 @@ def test_demo_does_its_three_jobs_on_one_page(tmp_path: Path, monkeypatch: pytes
         for n in ("gradient", "ambigram", "embedding")
     ]
     assert kinds == ["check", "ambigram", "invert"]
+
+
+def test_ambigram_counts_both_ways_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from backdrift.pipelines import assets
+    from test_losses import tiny_heads
+
+    monkeypatch.setattr(tiny_pipelines, "TOKENS", 48)  # its default prompt is a sentence
+    tiny_sd().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(assets, "load_classifier", tiny_heads)
+    args = (
+        "ambigram",
+        "two",
+        "seven",
+        "--model",
+        "model",
+        "--seeds",
+        "2",
+        "--seed",
+        "5",
+        *STEPS,
+        "--out",
+        "a",
+    )
+    result = call(*args)
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "a" / "record.json").read_text())
+    assert record["settings"]["seeds"] == [5, 6]
+    assert record["prompt"] == ["a red two on white"] * 2
+    for who in ("through the whole run", "one-step guidance"):
+        name = f"{who}: read both ways by the loss's classifier"
+        assert f"{name}: {record['figures'][name]}" in result.output
+    refused(call("ambigram", "two", "eleventy", "--model", "model"), "eleventy")
+
+
+def test_optimize_tells_whether_it_reads_as_wanted(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from backdrift import Run
+    from backdrift.losses import Ambigram
+    from backdrift.pipelines import assets
+    from test_losses import tiny_heads
+
+    monkeypatch.setattr(assets, "load_classifier", tiny_heads)
+    options = ("--model", model, "--loss", "ambigram:two/seven", "--batch-size", "3", *STEPS, "--out", "a")
+    assert call("optimize", "a 2", *options).exit_code == 0
+    run = Run.load(tmp_path / "a")
+    right = Ambigram("two", "seven").reads(run.best.images.clamp(0, 1)).all(1)
+    assert run.record["figures"]["read as wanted by the loss's own network"] == f"{right.sum()} of 3"
