@@ -19,6 +19,7 @@ FLOORS: list[set[str]] = [
     {"_version", "errors", "nests", "stats", "suggest"},
     {"ambient", "budget", "curves", "files", "predictions", "weights"},
     {"schedules", "pictures"},
+    {"conditioning"},
     {"grids", "denoiser", "noises"},
     {"forms"},
     {"solvers"},
@@ -27,8 +28,7 @@ FLOORS: list[set[str]] = [
     {"memory"},
     {"gradients"},
     {"sampling"},
-    {"encoding"},
-    {"cycle"},
+    {"cycle", "encoding"},
     {"pipelines.classifier"},
     {"pipelines.assets"},  # the shipped networks: losses score with them
     {"losses"},

@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import nests
+from .conditioning import Branch, Conditions, PerStep, alone, together
 from .errors import InputError
 from .predictions import check_prediction, conversion
 from .schedules import Schedule
 
 Network = Callable[[Tensor, Tensor, Any], Any]
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One network call of an evaluation: its conditioning, and whether it holds both halves of a guided batch.
-
-    ``cond`` is built once per run, so that a tensor in it (two embeddings in one batch, say) is one node of
-    the graph however many calls use it.
-    """
-
-    cond: Any
-    paired: bool
 
 
 class Denoiser:
@@ -47,7 +34,8 @@ class Denoiser:
             ``"flow_prediction"``.
         guidance_scale: 1 (no guidance) or any finite number; needs ``uncond`` unless 1.
         uncond: the conditioning without a prompt, a nest like ``cond`` (None is a value like any other
-            where ``cond`` is given).
+            where ``cond`` is given); it, too, may be given per step or as a function of time (see
+            :mod:`backdrift.conditioning`).
         time_scale: the network is given ``time_scale * t`` (1000 for Stable Diffusion 3's flow times).
         dtype: the network's arithmetic; its first floating parameter's if None. A state of more precision is
             cast on entry and the output cast back, so the state never loses digits to the network's dtype.
@@ -92,34 +80,40 @@ class Denoiser:
         name = getattr(self.network, "__name__", type(self.network).__name__)
         return f"Denoiser({name}, {self.schedule!r}, {self.prediction!r}, guidance_scale={self.guidance_scale:g})"
 
-    def branches(self, cond: Any, batch: int) -> tuple[Branch, ...]:
-        """The network calls of one evaluation: one, or two where guidance cannot be batched (uncond first)."""
+    def conditions(self, cond: Any, batch: int) -> Conditions:
+        """The network calls of the evaluations of a run, interval by interval.
+
+        Args:
+            cond: a nest, a :class:`~backdrift.conditioning.PerStep`, or a function of time.
+            batch: rows of the state.
+        """
+        return Conditions(lambda u, c: self._branches(u, c, batch), self.uncond, cond)
+
+    def _branches(self, uncond: Any, cond: Any, batch: int) -> tuple[Branch, ...]:
+        """One call, or two where guidance cannot be batched (uncond first)."""
         if self.guidance_scale == 1:
-            return (Branch(cond, False),)
-        if cond is None and self.uncond is None:
+            return (alone(cond),)
+        if cond is None and uncond is None:
             raise InputError(
                 f"guidance_scale = {self.guidance_scale:g} needs two conditionings to tell apart, but cond and "
                 "uncond are both None: pass uncond= to Denoiser and cond= here, or set guidance_scale=1"
             )
-        together, both = nests.concatenate(self.uncond, cond, batch)
-        if together and nests.tensors(both):
-            return (Branch(both, True),)
-        return (Branch(self.uncond, False), Branch(cond, False))
+        both = together(uncond, cond, batch, self.schedule.start)
+        return (both,) if both is not None else (alone(uncond), alone(cond))
 
-    def run(self, x: Tensor, t: float, cond: Any, paired: bool) -> Tensor:
-        """One network call, with guidance inside where ``paired``; a pure function of its tensors.
+    def run(self, x: Tensor, t: float, branch: Branch) -> Tensor:
+        """One network call, with guidance inside where the branch is paired; a pure function of its tensors.
 
         Args:
             x: state (B, …).
             t: the schedule's time, a Python float.
-            cond: the branch's conditioning.
-            paired: whether ``cond`` holds (uncond, cond) as one batch of 2B.
+            branch: the call's conditioning, and whether it holds (uncond, cond) as one batch of 2B.
 
         Returns:
             The network's output in its own prediction, of x's shape and dtype.
         """
         times_dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-        rows = len(x) * (2 if paired else 1)
+        paired, rows = branch.paired, len(x) * (2 if branch.paired else 1)
         times = torch.full((rows,), t * self.time_scale, dtype=times_dtype, device=x.device)
         inputs = x.to(self._network_dtype(x))
         kind = x.device.type
@@ -131,7 +125,8 @@ class Denoiser:
             enabled=torch.is_autocast_enabled(kind),
             cache_enabled=False,
         ):
-            out = self._tensor(self.network(torch.cat([inputs, inputs]) if paired else inputs, times, cond))
+            rows_in = torch.cat([inputs, inputs]) if paired else inputs
+            out = self._tensor(self.network(rows_in, times, branch.at(t, len(x))))
         out = out.to(x.dtype)
         if out.shape != (rows, *x.shape[1:]):
             raise InputError(
@@ -147,10 +142,15 @@ class Denoiser:
     def output(self, x: Tensor, t: float, cond: Any = None) -> Tensor:
         """The network's guided output in its own prediction, at the schedule's time ``t``."""
         t = self.check_time(t)
+        if isinstance(cond, PerStep) or isinstance(self.uncond, PerStep):
+            raise InputError(
+                "this conditioning is given per step, and a single evaluation belongs to none (nor do the evaluations "
+                "by which an adaptive solver looks for its steps): give a nest of tensors or a function of time"
+            )
         outputs = []
-        for branch in self.branches(cond, len(x)):
+        for branch in self.conditions(cond, len(x)).at(0):
             self.nfe += 1
-            outputs.append(self.run(x, t, branch.cond, branch.paired))
+            outputs.append(self.run(x, t, branch))
         return self.combine(outputs)
 
     def __call__(self, x: Tensor, t: float, cond: Any = None) -> Tensor:

@@ -14,6 +14,7 @@ user, so each must be on the path to the next, with its gradient; without it onl
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,6 @@ from torch import Tensor
 
 from ..denoiser import Denoiser
 from ..errors import UnsupportedError
-from ..forms import Call
 from ..integrate import Plan
 from ..solvers import Pair, State
 from ..stats import RunStats
@@ -36,7 +36,7 @@ class Job:
         plan: solver, form and grid.
         model: the denoiser.
         x: the state at the first node (B, …); its batch and device are the run's.
-        cond: the conditioning, any nest.
+        cond: the conditioning (:mod:`backdrift.conditioning`).
         stats: counts are added here, also by later backward passes.
         trajectory: whether the states at all nodes are handed to the user, who may differentiate by each.
         check_finite: whether a backward pass looks for NaN and infinity.
@@ -53,6 +53,20 @@ class Job:
     pair: Pair | None = None
 
 
+class Evaluator(ABC):
+    """The evaluations of one run, made call by call.
+
+    Attributes:
+        interval: the interval being stepped; set by the run.
+    """
+
+    interval: int = 0
+
+    @abstractmethod
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        """The network's guided output at the state ``x`` (B, …) and time ``t``, of x's shape."""
+
+
 class GradientMethod:
     """How the gradient of a run is had. Define :meth:`begin` or :meth:`run` (see the module's text).
 
@@ -62,13 +76,13 @@ class GradientMethod:
 
     takes_pairs: bool = False
 
-    def begin(self, model: Denoiser, x: Tensor, cond: Any, evaluations: int, stats: RunStats) -> Call:
+    def begin(self, model: Denoiser, x: Tensor, cond: Any, evaluations: int, stats: RunStats) -> Evaluator:
         """The evaluation ``call(x, t)`` to use throughout one run of the plan's own time loop.
 
         Args:
             model: the denoiser.
             x: the run's first state; its batch and device are the run's.
-            cond: the conditioning, any nest.
+            cond: the conditioning.
             evaluations: how many evaluations the run will make.
             stats: counts are added here, also by later backward passes.
 
@@ -89,4 +103,14 @@ class GradientMethod:
         """
         plan = job.plan
         call = self.begin(job.model, job.x, job.cond, plan.evaluations, job.stats)
-        yield from plan.states(job.x, call) if job.pair is None else plan.pairs(job.pair, call)
+
+        def enter(interval: int) -> None:
+            call.interval = interval
+
+        if job.pair is not None:
+            yield from plan.pairs(job.pair, call, enter)
+            return
+        states = plan.states(job.x, call)
+        for index in range(len(plan.intervals)):
+            enter(index)
+            yield next(states)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from .. import nests
-from ..denoiser import Branch, Denoiser
+from ..conditioning import Branch, moves
+from ..denoiser import Denoiser
 from ..errors import MissingGradientError, StateChangedError
 from ..weights import Weights
 from .reach import describe, modules_of, reach
@@ -19,9 +22,9 @@ from .replay import Trace
 class NetworkContext:
     """What a redone call needs to know of its run. Holds no node of the run's graph, so nothing is tied in a cycle."""
 
-    def __init__(self, model: Denoiser, branches: tuple[Branch, ...]) -> None:
-        self.model, self.branches = model, branches
-        conds = {id(t): t for branch in branches for t in nests.tensors(branch.cond)}
+    def __init__(self, model: Denoiser, cond: Any, batch: int) -> None:
+        self.model, self.conditions = model, model.conditions(cond, batch)
+        conds = {id(t): t for branch in self.conditions.all() for t in nests.tensors(branch.cond)}
         self.conds = list(conds.values())
         self.cond_versions = [t._version for t in self.conds]
         self.trained_conds = [t for t in self.conds if t.requires_grad]
@@ -31,6 +34,8 @@ class NetworkContext:
         self.leaves: list[Tensor] = list({id(t): t for t in trained}.values())
         self.loose: list[tuple[Tensor, int]] = []  # leaves the network uses that are in none of its modules
         self.thread = threading.get_ident()
+        # Where the names of tensors are looked for.
+        self.holders = [model.network, *(c for c in (model.uncond, cond) if moves(c))]
 
     @property
     def shared(self) -> list[Tensor]:
@@ -47,7 +52,7 @@ class NetworkContext:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_(x.requires_grad)
             cond = nests.transform(lambda c: stand_ins.get(id(c), c), branch.cond)
-            out = self.model.run(leaf, t, cond, branch.paired)
+            out = self.model.run(leaf, t, replace(branch, cond=cond))
         return Trace(out, leaf, [*stand_ins.values(), *self.leaves])
 
     def adopt(self, trace: Trace, floor: int) -> None:
@@ -57,7 +62,6 @@ class NetworkContext:
             MissingGradientError: the network uses a tensor that was computed with gradients outside of it, or
                 returns an output that was cut off from the graph.
         """
-        network = self.model.network
         if not trace.out.requires_grad and (trace.x.requires_grad or self.shared):
             raise MissingGradientError(
                 "the network's output has no graph although its input, conditioning or weights require grad: it runs "
@@ -66,8 +70,8 @@ class NetworkContext:
         found, outside = reach(trace.out, floor)
         if outside:
             raise MissingGradientError(
-                f"the network uses {describe(network, outside[0])} which would get no gradient: hand it in through "
-                "cond, detach it, or use gradient=Plain()"
+                f"the network uses {describe(self.holders, outside[0])} which would get no gradient: hand it in "
+                "through cond, detach it, or use gradient=Plain()"
             )
         known = {id(trace.x), *map(id, trace.leaves)}
         fresh = [leaf for leaf in found if id(leaf) not in known]
@@ -83,7 +87,7 @@ class NetworkContext:
         missed: list[Tensor | Node] = [*outside, *(leaf for leaf in found if id(leaf) not in known)]
         if missed:
             raise MissingGradientError(
-                f"the network uses {describe(self.model.network, missed[0])} which it did not use in the run's first "
+                f"the network uses {describe(self.holders, missed[0])} which it did not use in the run's first "
                 "call, so it would get no gradient: hand it in through cond, detach it, or use gradient=Plain()"
             )
 
@@ -101,7 +105,7 @@ class NetworkContext:
         watched = [*zip(self.conds, self.cond_versions, strict=True), *self.loose]
         for i, (tensor, version) in enumerate(watched):
             if tensor._version != version:
-                name = f"cond tensor {i}" if i < len(self.conds) else describe(self.model.network, tensor)
+                name = f"cond tensor {i}" if i < len(self.conds) else describe(self.holders, tensor)
                 raise StateChangedError(
                     f"{name} of shape {tuple(tensor.shape)} was modified in place between the forward and the backward "
                     "pass: run the sampling call again, or call backward() before the change"

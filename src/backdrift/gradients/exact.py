@@ -10,12 +10,12 @@ from torch import Tensor
 from .. import nests
 from ..ambient import Ambient
 from ..budget import available_bytes, format_size
-from ..denoiser import Branch, Denoiser
+from ..conditioning import Branch
+from ..denoiser import Denoiser
 from ..errors import BudgetError
-from ..forms import Call
 from ..memory import MemoryPlan
 from ..stats import RunStats
-from .base import GradientMethod
+from .base import Evaluator, GradientMethod
 from .context import NetworkContext
 from .reach import sequence_number
 from .replay import Chain, Replay, Trace, measuring
@@ -53,7 +53,7 @@ class Exact(GradientMethod):
     def __repr__(self) -> str:
         return f"Exact(memory={self.plan.budget if self.plan.mode == 'bytes' else self.plan.mode!r})"
 
-    def begin(self, model: Denoiser, x: Tensor, cond: Any, evaluations: int, stats: RunStats) -> Call:
+    def begin(self, model: Denoiser, x: Tensor, cond: Any, evaluations: int, stats: RunStats) -> Evaluator:
         return _Run(model, x, cond, evaluations, self.plan, stats)
 
 
@@ -73,7 +73,7 @@ class _NetworkCall:
             self.kept = self.kept if self.keep else None
             return out
         if not self.keep:
-            return self.context.model.run(x, self.t, self.branch.cond, self.branch.paired)
+            return self.context.model.run(x, self.t, self.branch)
         self.kept = self.context.trace(x, self.branch, self.t)
         return self.kept.out.detach()
 
@@ -88,15 +88,15 @@ class _NetworkCall:
         return trace
 
 
-class _Run:
+class _Run(Evaluator):
     """The evaluations of one run. Owns the token, which leads to the whole graph; no call refers back to it."""
 
     def __init__(
         self, model: Denoiser, x: Tensor, cond: Any, evaluations: int, plan: MemoryPlan, stats: RunStats
     ) -> None:
         self.model, self.plan, self.stats = model, plan, stats
-        self.context = NetworkContext(model, model.branches(cond, len(x)))
-        self.total = evaluations * len(self.context.branches)
+        self.context = NetworkContext(model, cond, len(x))
+        self.total = evaluations * self.context.conditions.calls
         self.chain: Chain | None = None
         self.token: Tensor | None = None
         self.made = 0
@@ -105,14 +105,16 @@ class _Run:
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         t = self.model.check_time(t)
-        return self.model.combine([self._call(x, t, branch) for branch in self.context.branches])
+        return self.model.combine(
+            [self._call(x, t, branch) for branch in self.context.conditions.at(self.interval)]
+        )
 
     def _call(self, x: Tensor, t: float, branch: Branch) -> Tensor:
         index, self.made = self.made, self.made + 1
         self.model.nfe += 1
         self.stats.calls_forward += 1
         if not torch.is_grad_enabled():
-            return self.model.run(x, t, branch.cond, branch.paired)
+            return self.model.run(x, t, branch)
         ambient = self._surroundings(x, branch)
         chain, traced = (self.chain, None) if self.chain is not None else self._open(x, t, branch)
         if not x.requires_grad and self.token is None:
@@ -127,7 +129,7 @@ class _Run:
 
     def _without_graph(self, x: Tensor, t: float, branch: Branch, traced: Trace | None) -> Tensor:
         with torch.no_grad():
-            return traced.out.detach() if traced else self.model.run(x, t, branch.cond, branch.paired)
+            return traced.out.detach() if traced else self.model.run(x, t, branch)
 
     def _open(self, x: Tensor, t: float, branch: Branch) -> tuple[Chain, Trace]:
         """Make the first call with a graph: see what it reaches and holds, settle the plan, begin the chain."""

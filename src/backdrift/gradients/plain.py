@@ -7,9 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from ..denoiser import Denoiser
-from ..forms import Call
 from ..stats import RunStats
-from .base import GradientMethod
+from .base import Evaluator, GradientMethod
 
 
 class Plain(GradientMethod):
@@ -21,18 +20,22 @@ class Plain(GradientMethod):
     def __repr__(self) -> str:
         return "Plain()"
 
-    def begin(self, model: Denoiser, x: Tensor, cond: Any, evaluations: int, stats: RunStats) -> Call:
-        branches = model.branches(cond, len(x))
+    def begin(self, model: Denoiser, x: Tensor, cond: Any, evaluations: int, stats: RunStats) -> Evaluator:
+        return _Run(model, x, cond, stats)
 
-        def call(x: Tensor, t: float) -> Tensor:
-            t = model.check_time(t)
-            outputs = []
-            for branch in branches:
-                model.nfe += 1
-                stats.calls_forward += 1
-                # A node of its own gathers the gradients of all uses of x inside the network before they meet
-                # those of the uses outside: the order of additions in which a redone call has to sum them.
-                outputs.append(model.run(x.view_as(x), t, branch.cond, branch.paired))
-            return model.combine(outputs)
 
-        return call
+class _Run(Evaluator):
+    def __init__(self, model: Denoiser, x: Tensor, cond: Any, stats: RunStats) -> None:
+        self.model, self.stats = model, stats
+        self.conditions = model.conditions(cond, len(x))
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        t = self.model.check_time(t)
+        outputs = []
+        for branch in self.conditions.at(self.interval):
+            self.model.nfe += 1
+            self.stats.calls_forward += 1
+            # A node of its own gathers the gradients of all uses of x inside the network before they meet
+            # those of the uses outside: the order of additions in which a redone call has to sum them.
+            outputs.append(self.model.run(x.view_as(x), t, branch))
+        return self.model.combine(outputs)

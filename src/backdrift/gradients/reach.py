@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -73,9 +73,9 @@ def name_of(network: Any, wanted: Tensor | Node) -> str:
     return ""
 
 
-def describe(network: Any, wanted: Tensor | Node) -> str:
-    """A tensor in words, for a message."""
-    name = name_of(network, wanted)
+def describe(holders: Sequence[Any], wanted: Tensor | Node) -> str:
+    """A tensor in words, for a message; its name is looked for in the callables ``holders``."""
+    name = next(filter(None, (name_of(holder, wanted) for holder in holders)), "")
     if isinstance(wanted, Tensor):
         kind = f"a tensor of shape {tuple(wanted.shape)} that requires grad"
     else:
