@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from .forms import FORMS, Call, Form
 from .noises import Draw, Noise
 from .schedules import Schedule
 from .solvers import Leg, Pair, ReversibleSolver, Solver, StochasticSolver
+from .solvers.coupled import linked
 
 
 @dataclass(frozen=True)
@@ -135,9 +136,9 @@ class Plan:
             form = forms[interval.form]
             used = solver.aside if interval.aside else solver
             legs.append(used.leg(index, form.name, form.node(interval.start), form.node(interval.end)))
-        return [leg.inverse() for leg in reversed(legs)] if self.back else legs
+        return linked([leg.inverse() for leg in reversed(legs)] if self.back else legs)
 
-    def pairs(self, pair: Pair, call: Call) -> Iterator[Pair]:
+    def pairs(self, pair: Pair, call: Call, enter: Callable[[int], None] | None = None) -> Iterator[Pair]:
         """A reversible solver's pairs of states at the nodes after the one it starts from, one by one.
 
         Each is on the path to the next, so a gradient reaches it too.
@@ -145,6 +146,7 @@ class Plan:
         Args:
             pair: at the first node; at the last where the plan is :meth:`undone`.
             call: ``call(x, t)`` -> the network's output, of x's shape.
+            enter: told the number of the interval whose conditioning the next calls are made with.
 
         Raises:
             InputError: the solver is not reversible.
@@ -152,12 +154,14 @@ class Plan:
         legs, forms = self.legs(), self.forms(call)
         run = self.reversible().begin(pair)
         for leg in legs:
-            yield run.take(forms[leg.form], leg)
+            yield run.take(forms[leg.form], leg, enter)
 
 
 def _check_noise(solver: Solver, noise: Noise | None) -> None:
     wanted = isinstance(solver, StochasticSolver) and solver.eta > 0
     if wanted and noise is None:
-        raise InputError(f"{solver!r} adds noise: give sample(seed=0), or noise= with tensors or a Brownian(seed)")
+        raise InputError(
+            f"{solver!r} adds noise: give sample(seed=0), or noise= with tensors or a Brownian(seed)"
+        )
     if noise is not None and not wanted:
         raise InputError(f"{solver!r} adds no noise, but {noise!r} was given: leave noise and seed out")

@@ -15,7 +15,7 @@ divides the rounding by ``keep``: over a run it grows by Π 1/keep.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -52,6 +52,9 @@ class Kick:
         keep, mix, weight: the numbers of the formula above; ``keep`` is not 0.
         base: the explicit one-step method that pushes, where ``weight`` is not 0.
         start, stop: the nodes between which it pushes.
+        lag: the push is made with the conditioning of the step that many before (of the first one at most).
+        shares: whether the slope at ``start`` is the one that the push before it began with: nothing it depends on
+            has changed. Set where the row of steps is known (:func:`linked`).
     """
 
     target: int
@@ -61,6 +64,8 @@ class Kick:
     base: Solver
     start: Node
     stop: Node
+    lag: int = 0
+    shares: bool = False
 
     @property
     def other(self) -> int:
@@ -71,6 +76,22 @@ class Kick:
         """The kick that undoes this one."""
         keep = self.keep
         return replace(self, keep=1 / keep, mix=-self.mix / keep, weight=-self.weight / keep)
+
+    def push(self, form: Form, y: Tensor, slope: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """What the other, at ``y``, pushes with; and the slope that the push begins with, if the base tells it.
+
+        Args:
+            form: evaluates the drift.
+            y: the other, in Y.
+            slope: the drift there, where it is known.
+        """
+        a, b = self.start, self.stop
+        if not isinstance(self.base, ExplicitRungeKutta):
+            x = rescaled(y, form.scale(a.t))
+            return rescaled(self.base.begin().step(form, x, a, b), 1 / form.scale(b.t)) - y, None
+        if slope is None:
+            slope = form.drift(rescaled(y, form.scale(a.t)), a.t)
+        return self.base.increment(form, y, a, b, slope), slope
 
     def moved(self, ys: Sequence[Tensor], push: Tensor | None) -> Tensor:
         """The target after the kick.
@@ -100,6 +121,34 @@ class Leg:
         """The step that undoes this one."""
         kicks = tuple(kick.inverse() for kick in reversed(self.kicks))
         return Leg(self.interval, self.form, self.end, self.start, kicks)
+
+    def conditioning(self, kick: Kick) -> int:
+        """The interval whose conditioning a kick's push is made with."""
+        return max(self.interval - kick.lag, 0)
+
+    def scaled(self, form: Form, pair: Pair) -> list[Tensor]:
+        """A pair at :attr:`start` in Y."""
+        return [rescaled(x, 1 / form.scale(self.start.t)) for x in pair]
+
+    def unscaled(self, form: Form, ys: Sequence[Tensor]) -> Pair:
+        """The pair at :attr:`end` from its Y."""
+        scale = form.scale(self.end.t)
+        return Pair(rescaled(ys[0], scale), rescaled(ys[1], scale))
+
+
+def linked(legs: Sequence[Leg]) -> list[Leg]:
+    """The steps in that order, with ``shares`` set where one evaluation serves two pushes."""
+    moves, before, found = [0, 0], None, []
+    for leg in legs:
+        kicks = []
+        for kick in leg.kicks:
+            if kick.weight != 0:
+                here = (leg.form, kick.start.t, kick.other, moves[kick.other], leg.conditioning(kick))
+                kick, before = replace(kick, shares=here == before), here
+            moves[kick.target] += 1
+            kicks.append(kick)
+        found.append(replace(leg, kicks=tuple(kicks)))
+    return found
 
 
 class ReversibleSolver(Solver):
@@ -142,8 +191,7 @@ class PairRun(Stepper):
 
     def __init__(self, solver: ReversibleSolver, pair: Pair | None = None) -> None:
         self.solver, self.pair, self.steps = solver, pair, 0
-        self._kicked = [0, 0]
-        self._slope: tuple[tuple[object, ...], Tensor] | None = None
+        self._slope: Tensor | None = None
 
     def step(self, form: Form, x: Tensor, a: Node, b: Node) -> Tensor:
         if self.pair is None:
@@ -151,26 +199,24 @@ class PairRun(Stepper):
         self.steps += 1
         return self.take(form, self.solver.leg(self.steps - 1, form.name, a, b)).first
 
-    def take(self, form: Form, leg: Leg) -> Pair:
-        """The pair after one step from :attr:`pair`, which must be given."""
+    def take(self, form: Form, leg: Leg, enter: Callable[[int], None] | None = None) -> Pair:
+        """The pair after one step from :attr:`pair`, which must be given.
+
+        Args:
+            form: evaluates the drift.
+            leg: the step.
+            enter: told the interval whose conditioning the next evaluations are made with.
+        """
         if self.pair is None:
             raise InputError("this run has no pair to start from")
-        ys = [rescaled(x, 1 / form.scale(leg.start.t)) for x in self.pair]
+        ys = leg.scaled(form, self.pair)
         for kick in leg.kicks:
-            push = self._push(form, kick, ys[kick.other]) if kick.weight != 0 else None
+            push = None
+            if kick.weight != 0:
+                if enter is not None:
+                    enter(leg.conditioning(kick))
+                slope = self._slope if kick.shares else None
+                push, self._slope = kick.push(form, ys[kick.other], slope)
             ys[kick.target] = kick.moved(ys, push)
-            self._kicked[kick.target] += 1
-        scale = form.scale(leg.end.t)
-        self.pair = Pair(rescaled(ys[0], scale), rescaled(ys[1], scale))
+        self.pair = leg.unscaled(form, ys)
         return self.pair
-
-    def _push(self, form: Form, kick: Kick, y: Tensor) -> Tensor:
-        base, a, b = kick.base, kick.start, kick.stop
-        if not isinstance(base, ExplicitRungeKutta):
-            x = rescaled(y, form.scale(a.t))
-            return rescaled(base.begin().step(form, x, a, b), 1 / form.scale(b.t)) - y
-        # A step's last push and the next one's first may start from the same state: one evaluation serves both.
-        where = (form.name, a.t, kick.other, self._kicked[kick.other])
-        if self._slope is None or self._slope[0] != where:
-            self._slope = (where, form.drift(rescaled(y, form.scale(a.t)), a.t))
-        return base.increment(form, y, a, b, self._slope[1])

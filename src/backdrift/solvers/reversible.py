@@ -81,9 +81,10 @@ class ReversibleHeun(ReversibleSolver):
 
     def kicks(self, a: Node, b: Node, index: int) -> tuple[Kick, ...]:
         # The published step, in three: half of the old slope, a reflection (2 y + h f - z), half of the new slope.
+        # The slope at a node serves both steps that meet there, with the conditioning of the one that ends there.
         slope = Euler()
         return (
-            Kick(0, 1.0, 0.0, 0.5, slope, a, b),
+            Kick(0, 1.0, 0.0, 0.5, slope, a, b, lag=1),
             Kick(1, -1.0, 2.0, 0.0, slope, a, b),
             Kick(0, 1.0, 0.0, -0.5, slope, b, a),
         )
