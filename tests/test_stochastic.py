@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from functools import cache
 from typing import Any
 
-import numpy
 import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
@@ -29,47 +27,7 @@ from problems import (
     toy_denoiser,
     toy_inputs,
 )
-
-SOLVERS: dict[str, StochasticSolver] = {
-    "ancestral": bd.Ancestral(),
-    "ancestral large": bd.Ancestral(variance="large"),
-    "ancestral half": bd.Ancestral(0.5),
-    "euler-maruyama": bd.EulerMaruyama(),
-    "euler-maruyama half": bd.EulerMaruyama(0.5),
-    "exponential euler": bd.ExponentialEuler(),
-    "exponential euler half": bd.ExponentialEuler(0.5),
-    "sde-dpm++ 1": bd.SDEDPMSolverPP(1),
-    "sde-dpm++ 2m": bd.SDEDPMSolverPP(2),
-    "sde-dpm++ 2m half": bd.SDEDPMSolverPP(2, eta=0.5),
-}
-DOUBLINGS = [4, 8, 16, 32, 64, 128, 256]
-PREDICTIONS = {"linear": "epsilon", "cosine": "v_prediction", "discrete": "epsilon", "edm": "sample",
-               "flow": "flow_prediction"}  # fmt: skip
-
-
-@cache
-def paths(eta: float) -> ScalarPaths:
-    return ScalarPaths(eta=eta)
-
-
-def regression(errors: list[float]) -> float:
-    """The slope of log error against log steps over all doublings."""
-    return -float(numpy.polyfit(range(len(errors)), numpy.log2(errors), 1)[0])
-
-
-def strong_errors(problem: ScalarPaths, schedule: str, solver: StochasticSolver) -> list[float]:
-    """Root mean square over the paths, at every number of steps."""
-    process = SCHEDULES[schedule]
-    model = bd.Denoiser(problem.network(process, PREDICTIONS[schedule]), process, PREDICTIONS[schedule])
-    x_T, truth = problem.ends(process)
-    errors = []
-    for steps in DOUBLINGS:
-        found = bd.sample(
-            model, x_T, torch.zeros(1, dtype=torch.float64), solver=solver,
-            grid=problem.times(process, steps), noise=problem.noises(steps),
-        ).x0  # fmt: skip
-        errors.append(float((found - truth).square().mean().sqrt()))
-    return errors
+from strong_orders import PREDICTIONS, SOLVERS, known_paths, moment_errors, regression, strong_errors
 
 
 @pytest.mark.parametrize(
@@ -86,7 +44,7 @@ def strong_errors(problem: ScalarPaths, schedule: str, solver: StochasticSolver)
 def test_strong_order_along_known_paths(schedule: str, name: str) -> None:
     """2000 scalar paths, 6 doublings, the solution along each path in closed form."""
     solver = SOLVERS[name]
-    errors = strong_errors(paths(solver.eta), schedule, solver)
+    errors = strong_errors(schedule, solver)
     assert abs(regression(errors) - solver.order) < 0.2, errors
     assert abs(math.log2(errors[-2] / errors[-1]) - solver.order) < 0.1, errors
     assert errors[-1] < 4e-3
@@ -94,7 +52,7 @@ def test_strong_order_along_known_paths(schedule: str, name: str) -> None:
 
 def test_the_known_paths_are_those_of_the_brownian_source() -> None:
     """The coarse noises of the problem are sums of the finest; those of the source are read where the grid stands."""
-    problem, process = paths(1.0), SCHEDULES["linear"]
+    problem, process = known_paths(1.0), SCHEDULES["linear"]
     model = bd.Denoiser(problem.network(process), process)
     x_T, _ = problem.ends(process)
     for steps in (4, 64):
@@ -122,24 +80,6 @@ def test_large_variance_is_exact_on_standard_normal_data() -> None:
     assert max(errors) < 1e-12
 
 
-def moments(schedule: str, solver: StochasticSolver, steps: int) -> tuple[Tensor, Tensor]:
-    """Errors of the final mean and variance (3,) from an exact start. The run is affine in its noises on Gaussian
-    data, so its own mean and variance are had without drawing: by derivatives."""
-    process = SCHEDULES[schedule]
-    network = GaussianNetwork(process, PREDICTIONS[schedule]).requires_grad_(False)
-    grid = smooth_grid(schedule, steps)
-    first, last = grid.nodes(process)[[0, -1]]
-    variance = network.log_variance.exp()
-    variances = [process.alpha(t) ** 2 * variance + process.sigma(t) ** 2 for t in (first, last)]
-    draws = [torch.zeros(1, 3, dtype=torch.float64, requires_grad=True) for _ in range(steps + 1)]
-    x_T = process.alpha(first) * network.mean + variances[0].sqrt() * draws[0]
-    model = bd.Denoiser(network, process, PREDICTIONS[schedule])
-    x0 = bd.sample(model, x_T, torch.zeros(3, dtype=torch.float64), solver=solver, grid=grid, noise=draws[1:],
-                   gradient=bd.Plain()).x0  # fmt: skip
-    found = sum(grad**2 for grad in torch.autograd.grad(x0.sum(), draws))
-    return (x0.detach() - process.alpha(last) * network.mean)[0], (found - variances[1])[0]
-
-
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(
     ("name", "order"),
@@ -147,7 +87,7 @@ def moments(schedule: str, solver: StochasticSolver, steps: int) -> tuple[Tensor
      ("sde-dpm++ 2m", 2), ("sde-dpm++ 2m half", 2)],
 )  # fmt: skip
 def test_means_and_variances_converge_at_the_weak_order(schedule: str, name: str, order: int) -> None:
-    coarse, fine = (moments(schedule, SOLVERS[name], steps) for steps in (40, 80))
+    coarse, fine = (moment_errors(schedule, SOLVERS[name], steps) for steps in (40, 80))
     assert abs(math.log2(float(coarse[1].norm() / fine[1].norm())) - order) < 0.2
     if name.startswith("euler-maruyama") and float(fine[0].norm()) > 1e-12:
         assert abs(math.log2(float(coarse[0].norm() / fine[0].norm())) - order) < 0.1
@@ -158,7 +98,7 @@ def test_means_and_variances_converge_at_the_weak_order(schedule: str, name: str
 def test_exponential_euler_has_weak_order_one() -> None:
     """At eta = 1 the variance's leading error all but vanishes on some data; EDM's is an ordinary case."""
     for name in ("exponential euler", "exponential euler half"):
-        coarse, fine = (moments("edm", SOLVERS[name], steps)[1] for steps in (200, 400))
+        coarse, fine = (moment_errors("edm", SOLVERS[name], steps)[1] for steps in (200, 400))
         assert abs(math.log2(float(coarse.norm() / fine.norm())) - 1) < 0.1
 
 
