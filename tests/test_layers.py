@@ -25,6 +25,7 @@ FLOORS: list[set[str]] = [
     {"solvers"},
     {"integrate"},
     {"holdings", "frames"},
+    {"passes", "shortage"},
     {"memory"},
     {"gradients"},
     {"sampling"},

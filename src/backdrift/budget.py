@@ -1,10 +1,12 @@
-"""Sizes of memory: ``"6GiB"`` into bytes and back, and how much of the machine is free."""
+"""Memory plans and sizes: ``"6GiB"`` into bytes and back, and how much of the machine is free."""
 
 from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -17,6 +19,33 @@ _UNITS = {"": 1} | {
 }
 _UNITS["B"] = 1
 _ALLOWED = '"min", "max", "auto", a number of bytes, or a size such as "6GiB", "512MiB" or "1.5GB"'
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What may be held for the backward pass.
+
+    Attributes:
+        mode: ``"min"`` (one call's activations at a time), ``"max"`` (all: plain autograd), ``"auto"``
+            (a budget from the memory that is free at the first call) or ``"bytes"``.
+        budget: bytes, for mode ``"bytes"``.
+    """
+
+    mode: Literal["min", "max", "auto", "bytes"]
+    budget: int | None = None
+
+    @classmethod
+    def parse(cls, memory: MemoryPlan | str | int) -> MemoryPlan:
+        """A plan from ``"min"``, ``"max"``, ``"auto"``, a number of bytes, or a size such as ``"6GiB"``.
+
+        Raises:
+            BudgetError: anything else, or a size that is not positive.
+        """
+        if isinstance(memory, MemoryPlan):
+            return memory
+        if memory in ("min", "max", "auto"):
+            return cls(memory)  # type: ignore[arg-type]
+        return cls("bytes", parse_size(memory))
 
 
 def parse_size(memory: object) -> int:

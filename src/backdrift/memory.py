@@ -10,8 +10,6 @@ them.
 from __future__ import annotations
 
 import threading
-import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,10 +19,12 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .budget import available_bytes, format_size, parse_size
+from .budget import MemoryPlan, available_bytes, format_size
 from .errors import BudgetError
 from .frames import Frame
 from .holdings import Holdings
+from .passes import Passes, Watch
+from .shortage import Shortage
 from .stats import RunStats
 from .weights import Weights
 
@@ -38,51 +38,24 @@ _T = TypeVar("_T")
 _IN_FLIGHT = 4
 
 
-@dataclass(frozen=True)
-class MemoryPlan:
-    """What may be held for the backward pass.
+@dataclass
+class _Networks:
+    """The network calls of one run under "min"."""
 
-    Attributes:
-        mode: ``"min"`` (one call's activations at a time), ``"max"`` (all: plain autograd), ``"auto"``
-            (a budget from the memory that is free at the first call) or ``"bytes"``.
-        budget: bytes, for mode ``"bytes"``.
-    """
+    calls: int = 0
+    largest: int = 0  # bytes saved by one
+    gradients: int = 0  # of the trained weights, their own included
 
-    mode: Literal["min", "max", "auto", "bytes"]
-    budget: int | None = None
+    def add(self, nbytes: int, gradients: int) -> None:
+        self.calls += 1
+        self.largest, self.gradients = max(self.largest, nbytes), gradients
 
-    @classmethod
-    def parse(cls, memory: MemoryPlan | str | int) -> MemoryPlan:
-        """A plan from ``"min"``, ``"max"``, ``"auto"``, a number of bytes, or a size such as ``"6GiB"``.
-
-        Raises:
-            BudgetError: anything else, or a size that is not positive.
-        """
-        if isinstance(memory, MemoryPlan):
-            return memory
-        if memory in ("min", "max", "auto"):
-            return cls(memory)  # type: ignore[arg-type]
-        return cls("bytes", parse_size(memory))
-
-
-class _Watch:
-    """Notices a backward pass arriving at a call: counts it, and checks that the weights are as they were."""
-
-    def __init__(
-        self, ledger: Ledger, role: Role, weights: Weights, check: Callable[[], None] | None = None
-    ) -> None:
-        self.ledger, self.role, self.weights, self.check = ledger, role, weights, check
-        self.serial = -1
-        self.seen: set[int] = set()
-
-    def __call__(self, grad: torch.Tensor) -> None:
-        task = torch._C._current_graph_task_id()
-        if task not in self.seen:
-            self.seen.add(task)
-            self.weights.check()
-            if self.check is not None:
-                self.check()
-            self.ledger.arrived(task, self.role, self.serial)
+    @property
+    def inevitable(self) -> int:
+        """Bytes beside the arguments that will be held when the last call but one is differentiated: what it saves,
+        and the gradients of its weights that the last one has left (twice: limits are compared with a reserve that
+        counts them too)."""
+        return self.largest + 2 * self.gradients
 
 
 class Ledger:
@@ -96,8 +69,9 @@ class Ledger:
     Args:
         memory: anything :meth:`MemoryPlan.parse` takes.
         stats: counts are added here; a new :class:`RunStats` by default.
-        defer: when the budget is too small for a call, finish the run without gradients, measuring the rest,
-            and raise in :meth:`finish`. Otherwise raise at the end of that call.
+        defer: when the budget is too small for a call, go through the rest of the run without its networks (one
+            call of each kind is still made, to measure it) and raise in :meth:`finish`, naming what the whole run
+            needs. Otherwise raise at the end of that call.
 
     Raises:
         BudgetError: ``memory`` is not a memory plan.
@@ -121,15 +95,17 @@ class Ledger:
         self.running: Frame | None = None
         self._defer = defer
         self._holdings = Holdings()
-        self._short = False  # the budget was too small for a call
-        self._biggest_call = self._biggest_tensor = 0
+        self._short: Shortage | None = None  # the budget was too small for a call
+        self._limit = self.budget  # of the bytes held
+        self._biggest_tensor = 0
+        self._needed = 0  # the smallest budget for the calls of this run so far
+        self._networks = _Networks()
         self._measured: dict[Any, int] = {}
-        self._measuring: list[Any] = []  # what a run with a larger budget would hold as arguments
         self._snapshots: dict[tuple[int, ...], Weights] = {}
         self._trained: dict[int, int] = {}  # bytes of the gradients to come, per weight
+        self._gradients = 0  # their sum
         self._inside = threading.local()
-        self._started: dict[int, float] = {}
-        self._remade: dict[int, list[weakref.ref[Frame]]] = {}
+        self._passes = Passes(self.stats, self._holdings, self.lock)
 
     def call(
         self,
@@ -158,17 +134,17 @@ class Ledger:
         """
         if not torch.is_grad_enabled() or getattr(self._inside, "call", False):
             return fn(*args, **kwargs)
-        if role == "network":
-            self.stats.calls_forward += 1
-        elif role == "decoder":
-            self.stats.decodes += 1
         leaves, spec = pytree.tree_flatten((args, kwargs))
         weights = self._weights(modules, owned)
-        watch = _Watch(self, role, weights, check)
+        watch = Watch(self._passes, role, weights, check)
         kind = _kind(fn, modules, leaves)
         with self._entered():
-            if self._short and kind in self._measured:
-                return self._call_measured(fn, args, kwargs, leaves, weights)
+            if self._short is not None and kind in self._measured:
+                self._count_arguments(self._short, leaves, weights)
+                self._need(self._measured[kind])
+                return self._short.output(kind, lambda: fn(*args, **kwargs))
+            self.stats.calls_forward += role == "network"
+            self.stats.decodes += role == "decoder"
             if self.plan.mode == "max" and kind in self._measured:
                 out = fn(*args, **kwargs)
                 watch.serial = self._holdings.open(watch, role, self._measured[kind])
@@ -177,6 +153,8 @@ class Ledger:
                 out = self._call_held(frame, args, kwargs)
                 watch.serial = frame.serial
                 self._measured[kind] = frame.nbytes
+                if self._short is not None:
+                    self._short.add(kind, frame, out)
         for leaf in pytree.tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
                 leaf.register_hook(watch)
@@ -187,8 +165,8 @@ class Ledger:
         """A new sampling run on this ledger, on other modules: forget what was noted of the last one's."""
         self._snapshots.clear()
         self._measured.clear()
-        self._measuring.clear()
-        self._short = False
+        self._networks = _Networks()
+        self._short, self._needed = None, 0
 
     def finish(self) -> None:
         """Raise what ``defer`` put off.
@@ -196,15 +174,13 @@ class Ledger:
         Raises:
             BudgetError: the budget was too small; names the smallest that works for the run just made.
         """
-        if not self._short:
+        if self._short is None:
             return
-        needed = self._biggest_call + self._holdings.arguments + self._reserve()
-        self._measuring.clear()
-        self._short = False
+        self._short = None
         scope = "" if self._defer else " for the calls made so far"
         raise BudgetError(
             f"memory={format_size(self.budget or 0)} is too small for one call and its gradients; the "
-            f"smallest budget that works{scope} is {format_size(needed)}. "
+            f"smallest budget that works{scope} is {format_size(self._needed)}. "
             'memory="min" holds as little as possible'
         )
 
@@ -213,12 +189,18 @@ class Ledger:
             self._holdings.tidy()
             frame.serial = self._holdings.open(frame, frame.role)
             self._holdings.add_arguments(frame.serial, frame.tensors, frame.weights.storages)
-            if self.plan.mode == "min":
-                self._holdings.drop_oldest_until(lambda: False, but=frame.serial)
             if self.plan.mode == "auto" and self.budget is None:
                 tensors = [*frame.tensors, *frame.weights.tensors]
                 device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
-                self.budget = available_bytes(device)
+                self.budget = self._limit = available_bytes(device)
+            if self.plan.mode == "min":
+                if frame.role == "decoder" and self._networks.calls > 1:
+                    # Where it fits in what must be held later anyway, the last network call is not redone.
+                    self._limit = self._holdings.arguments + self._networks.inevitable
+                    self._holdings.drop_oldest_until(self._fits, but=frame.serial)
+                else:
+                    self._holdings.drop_oldest_until(lambda: False, but=frame.serial)
+                    self._limit = None
         self.running = frame
         try:
             with torch.autograd.graph.saved_tensors_hooks(frame.pack, frame.unpack):
@@ -226,25 +208,24 @@ class Ledger:
         finally:
             self.running = None
             frame.finish()
-        self._biggest_call = max(self._biggest_call, frame.nbytes)
-        if frame.dropped and self.plan.mode == "bytes":
-            self._short = True
+        self._need(frame.nbytes)
+        if frame.role == "network":
+            self._networks.add(frame.nbytes, self._gradients)
+        if frame.dropped and self.plan.mode == "bytes" and self._short is None:
+            self._short = Shortage()
             if not self._defer:
                 self.finish()
-            self._measuring.append(frame)
         return out
 
-    def _call_measured(
-        self, fn: Callable[..., _T], args: Any, kwargs: Any, leaves: list[Any], weights: Weights
-    ) -> _T:
-        # The run will be refused when it has ended; until then only its arguments are still to be counted.
+    def _count_arguments(self, short: Shortage, leaves: list[Any], weights: Weights) -> None:
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
-        watch = _Watch(self, "network", weights)  # only to own the claim
-        self._measuring += [watch, *tensors]
-        serial = self._holdings.open(watch, "measured")
-        self._holdings.add_arguments(serial, tensors, weights.storages)
-        with torch.no_grad():
-            return fn(*args, **kwargs)
+        watch = Watch(self._passes, "network", weights)  # only to own the claim
+        short.hold(watch, *tensors)
+        self._holdings.add_arguments(self._holdings.open(watch, "measured"), tensors, weights.storages)
+
+    def _need(self, nbytes: int) -> None:
+        """A call that saves so many bytes, beside what cannot be dropped by then."""
+        self._needed = max(self._needed, self._holdings.arguments + nbytes + self._reserve())
 
     def saved(self, frame: Frame, key: int, nbytes: int) -> None:
         """A frame's call saved a storage that it had not saved before: count it, and make room for it."""
@@ -253,22 +234,17 @@ class Ledger:
             return
         with self.lock:
             self._holdings.add_saved(frame.serial, key, nbytes)
-            if self.budget is not None and not self._fits():
+            if not self._fits():
                 self._holdings.tidy()
                 self._holdings.drop_oldest_until(self._fits, but=frame.serial)
                 if not self._fits():
-                    self._holdings.drop(frame.serial)
+                    self._too_small(frame)
             self._note_peak(0)
 
     def before_redo(self, frame: Frame, task: int) -> None:
         """Make room for a call that is about to be redone in a backward pass."""
         self._holdings.tidy()
-        # Calls are differentiated from the last to the first: what younger ones have left over is not needed.
-        for ref in self._remade.get(task, []):
-            other = ref()
-            if other is not None and other.serial > frame.serial:
-                other.remade.pop(task, None)
-        self._remade.setdefault(task, []).append(weakref.ref(frame))
+        self._passes.comes_to_redo(frame, task)
         if self.plan.mode == "min":
             self._holdings.drop_oldest_until(lambda: False, but=frame.serial)
         else:
@@ -277,41 +253,22 @@ class Ledger:
 
     @contextmanager
     def redoing(self, frame: Frame) -> Iterator[None]:
-        """Around the second run of a call: counts and times it."""
-        if frame.role == "network":
-            self.stats.calls_redone += 1
-        elif frame.role == "decoder":
-            self.stats.decodes_redone += 1
-        start = time.perf_counter()
-        with self._entered():
-            try:
-                yield
-            finally:
-                self.stats.seconds_redone += time.perf_counter() - start
-
-    def arrived(self, task: int, role: Role, serial: int) -> None:
-        """A backward pass has come to a call."""
-        with self.lock:
-            self.stats.vjps += role == "network"
-            self._holdings.reached(serial)
-            if task in self._started:
-                return
-            self._started[task] = time.perf_counter()
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._ended(task))
-
-    def _ended(self, task: int) -> None:
-        with self.lock:
-            self.stats.seconds_backward += time.perf_counter() - self._started.pop(task)
-            for ref in self._remade.pop(task, []):
-                frame = ref()
-                if frame is not None:
-                    frame.remade.pop(task, None)
+        """Around the second run of a call."""
+        with self._entered(), self._passes.redoing(frame.role):
+            yield
 
     def _fits(self, more: int = 0) -> bool:
-        return self.budget is None or self._holdings.live + more + self._reserve() <= self.budget
+        return self._limit is None or self._holdings.live + more + self._reserve() <= self._limit
+
+    def _too_small(self, frame: Frame) -> None:
+        """All older calls have been dropped, and the running one alone does not fit."""
+        if self.plan.mode == "min":  # it is held whatever it takes
+            self._limit = None
+        else:
+            self._holdings.drop(frame.serial)
 
     def _reserve(self) -> int:
-        return _IN_FLIGHT * self._biggest_tensor + sum(self._trained.values())
+        return _IN_FLIGHT * self._biggest_tensor + self._gradients
 
     def _note(self) -> None:
         with self.lock:
@@ -328,6 +285,7 @@ class Ledger:
         if snapshot is None or not snapshot.unchanged():
             snapshot = self._snapshots[key] = Weights(modules, owned=owned)
             self._trained |= {id(t): t.nbytes for t in snapshot.tensors if t.requires_grad and t.is_leaf}
+            self._gradients = sum(self._trained.values())
         return snapshot
 
     @contextmanager
