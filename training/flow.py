@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .latents import Pool, pool
-from .loop import device, in_rounds
+from .loop import Round, device, in_rounds
 
 ZEROS = 256  # without a T5 encoder the pipeline hands over this many zero tokens (its max_sequence_length)
 
@@ -75,10 +75,10 @@ def context(data: Pool, rows: Tensor) -> tuple[Tensor, Tensor]:
     return tokens, torch.cat([pooled, pooled], 1)
 
 
-ROUNDS = ((3600, 1e-3), (8000, 7e-4))  # steps and learning rate of each
+ROUNDS = (Round(3600, 1e-3), Round(8000, 7e-4))
 
 
-def train_flow(rounds: Sequence[tuple[int, float]] = ROUNDS, batch: int = 64) -> SD3Transformer2DModel:
+def train_flow(rounds: Sequence[Round] = ROUNDS, batch: int = 64) -> SD3Transformer2DModel:
     """Squared error on the velocity ε − x0 at logit-normal times, as Stable Diffusion 3 was trained."""
     transformer, where, data = build(), device(), pool()
 

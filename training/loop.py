@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 WORK = Path(os.environ.get("BACKDRIFT_TRAINING", ".training"))
+Loss = Callable[[np.random.Generator, torch.Generator], Tensor]
 TIMES = Path(__file__).parent / "measured" / "minutes.json"
 
 
@@ -34,10 +36,11 @@ def save_atomically(state: object, path: Path) -> None:
 def train(
     name: str,
     module: nn.Module,
-    loss: Callable[[np.random.Generator, torch.Generator], Tensor],
+    loss: Loss,
     *,
     steps: int,
     lr: float,
+    stop: int | None = None,
     seed: int = 0,
     ema: float = 0.0,
     weight_decay: float = 0.01,
@@ -48,8 +51,9 @@ def train(
     """Minimise ``loss(rng, generator)`` over the parameters of ``module``; return it with averaged weights.
 
     Every step draws from generators seeded by (seed, step), so a resumed run sees the same batches. The
-    learning rate rises over ``warmup`` steps and falls by a cosine to a hundredth. ``minutes`` bounds one
-    sitting: the loop saves and raises ``TimeoutError``, and the same call goes on from there.
+    learning rate rises over ``warmup`` steps and falls by a cosine to a hundredth at ``steps``; the training ends
+    at ``stop`` where that is earlier. ``minutes`` bounds one sitting: the loop saves and raises
+    ``TimeoutError``, and the same call goes on from there.
     """
     where = device()
     module.to(where).train()
@@ -69,7 +73,8 @@ def train(
         state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "mean": mean}
         save_atomically({**state, "step": step, "seconds": seconds}, path)
 
-    for step in range(first, steps):
+    last = min(steps, stop or steps)
+    for step in range(first, last):
         rate = min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = lr * rate
@@ -94,7 +99,7 @@ def train(
         if (step + 1) % 100 == 0:
             pace = (time.monotonic() - began) / (step + 1 - first)
             print(
-                f"{name} {step + 1}/{steps} loss {running:.4f}, {pace * (steps - step - 1) / 60:.1f} min left",
+                f"{name} {step + 1}/{last} loss {running:.4f}, {pace * (last - step - 1) / 60:.1f} min left",
                 flush=True,
             )
         if (step + 1) % save_every == 0:
@@ -104,29 +109,41 @@ def train(
             raise TimeoutError(
                 f"{name}: stopped at step {step + 1} after {minutes} minutes; the same command goes on"
             )
-    if first < steps:
-        save(steps)
+    if first < last:
+        save(last)
         note_minutes(name, (spent + time.monotonic() - began) / 60)
     module.load_state_dict(mean)
     return module.eval()
 
 
+@dataclass(frozen=True)
+class Round:
+    """Steps and learning rate of a round; the step it is cut short at; a loss of its own."""
+
+    steps: int
+    lr: float
+    stop: int | None = None
+    loss: Loss | None = None
+
+
 def in_rounds(
     name: str,
     module: nn.Module,
-    loss: Callable[[np.random.Generator, torch.Generator], Tensor],
-    rounds: Sequence[tuple[int, float]],
+    loss: Loss,
+    rounds: Sequence[Round],
     **options: Any,
 ) -> nn.Module:
-    """Train in rounds of (steps, learning rate), each with a cosine of its own (warm restarts).
+    """Train in rounds, each with a cosine of its own (warm restarts).
 
     A round begins with the averaged weights of the one before, rounded to half precision as they ship: so a
     shipped network can take the place of the rounds that made it (``python -m training restore``).
     """
-    for k, (steps, lr) in enumerate(rounds):
+    for k, part in enumerate(rounds):
         done = WORK / f"{name}-round{k}.pt"
         if not done.exists():
-            train(name if k == 0 else f"{name}{k}", module, loss, steps=steps, lr=lr, seed=k, **options)
+            own = part.loss or loss
+            options |= {"steps": part.steps, "lr": part.lr, "stop": part.stop, "seed": k}
+            train(name if k == 0 else f"{name}{k}", module, own, **options)
             save_atomically({n: v.half().cpu() for n, v in module.state_dict().items()}, done)
         module.load_state_dict(torch.load(done, weights_only=True))
     return module.eval()

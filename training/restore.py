@@ -33,7 +33,7 @@ def _put_vocabulary() -> None:
 
 
 def restore() -> None:
-    """Write the shipped weights as finished parts, and the denoisers as the result of their first round.
+    """Write the shipped weights as finished parts; the autoencoder and the denoisers as results of a first round.
 
     A part that was trained here is left alone.
     """
@@ -44,7 +44,7 @@ def restore() -> None:
     _put("text", clip)
     _put("clip", clip)
     _put("classifier", load_classifier())
-    for name, network in (("unet", sd.unet), ("flow", flow.transformer)):
+    for name, network in (("vae", sd.vae), ("unet", sd.unet), ("flow", flow.transformer)):
         path = WORK / f"{name}-round0.pt"
         if not path.exists():
             save_atomically({k: v.half().cpu() for k, v in network.state_dict().items()}, path)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from .latents import pool
-from .loop import device, in_rounds
+from .loop import Round, device, in_rounds
 
 SCHEDULE = {
     "beta_start": 0.00085,
@@ -36,22 +35,30 @@ def build() -> UNet2DConditionModel:
     )
 
 
-ROUNDS = ((6000, 1e-3), (7000, 6e-4))  # steps and learning rate of each
+def train_unet(batch: int = 64) -> UNet2DConditionModel:
+    """Squared error on the noise at a uniform time of the thousand; in a last round, on the velocity.
 
-
-def train_unet(rounds: Sequence[tuple[int, float]] = ROUNDS, batch: int = 64) -> UNet2DConditionModel:
-    """Squared error on the noise at a uniform time of the thousand."""
+    Near pure noise the error on the noise says next to nothing about the picture: a mean colour that is wrong by 0.3
+    costs 4e-4. The error on the velocity is the same error over alpha².
+    """
     unet, where, data = build(), device(), pool()
     noise_schedule = DDPMScheduler(**SCHEDULE)
+    over_alpha = 1 / noise_schedule.alphas_cumprod.to(where)
 
-    def loss(rng: np.random.Generator, generator: torch.Generator) -> Tensor:
+    def loss(rng: np.random.Generator, generator: torch.Generator, velocity: bool = False) -> Tensor:
         x0, rows = data.draw(rng, batch)
         noise = torch.randn(x0.shape, generator=generator).to(where)
         # One time from each of `batch` equal slices: the same distribution, a steadier gradient.
         t = torch.from_numpy((np.arange(batch) + rng.random(batch)) * 1000 / batch).long().to(where)
         noisy = noise_schedule.add_noise(x0, noise, t)
         out = unet(noisy, t, data.last[rows].to(where)).sample.float()
-        return F.mse_loss(out, noise)
+        error = (out - noise).square().mean((1, 2, 3))
+        return (error * over_alpha[t] if velocity else error).mean()
 
+    rounds = (
+        Round(6000, 1e-3),
+        Round(7000, 6e-4, stop=4750),
+        Round(4000, 5e-4, loss=partial(loss, velocity=True)),
+    )
     in_rounds("unet", unet, loss, rounds, ema=0.999, save_every=250)
     return unet
