@@ -18,6 +18,7 @@ from torch import Tensor
 import killed_run
 from backdrift import optimize
 from backdrift.descent.best import BestSoFar
+from backdrift.descent.measure import Measured
 from backdrift.descent.variables import gaussian_prior
 from backdrift.errors import InputError, MissingGradientError, NonFiniteError
 from backdrift.run import Run
@@ -138,8 +139,10 @@ def test_the_best_of_every_sample_is_kept() -> None:
     scores = torch.tensor([[3.0, 1.0], [2.0, 5.0], [4.0, 0.5]])
     for i, row in enumerate(scores):
         values = {"noise": torch.full((2, 3), float(i))}
-        best.offer(i, values, torch.full((2, 3, 4, 4), float(i)), row, row)
+        found = Measured(torch.full((2, 3, 4, 4), float(i)), row, {}, torch.tensor([i == 1, i == 1]))
+        best.offer(i, values, found, row, row)
     assert best.iterations.tolist() == [1, 2]
+    assert best.flagged.tolist() == [True, False]
     assert best.values["noise"][:, 0].tolist() == best.images[:, 0, 0, 0].tolist() == [1.0, 2.0]
     assert best.record(False)["per_sample"] == [{"iteration": 1, "loss": 2.0}, {"iteration": 2, "loss": 0.5}]
     assert best.loss == 1.25
