@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from backdrift.pipelines.assets import ASSETS, load_classifier, load_clip
 
 from .classifier import measure as measure_classifier
 from .clip import retrieval
-from .loop import trained_minutes
+from .loop import TIMES, trained_minutes
 from .quality import SETTINGS
 from .quality import measure as measure_pipeline
 from .vae import psnr
@@ -99,6 +100,7 @@ def write_card(name: str) -> None:
 
 def write_cards() -> None:
     """Write the card of every exported asset."""
+    TIMES.write_text(json.dumps(trained_minutes(), indent=2, sort_keys=True) + "\n")
     for name in PARTS:
         if (ASSETS / name).is_dir():
             write_card(name)

@@ -150,11 +150,15 @@ def in_rounds(
 
 
 def note_minutes(name: str, minutes: float) -> None:
-    """Keep how long the training of a part took, for the cards."""
-    times = trained_minutes() | {name: round(minutes, 1)}
-    TIMES.write_text(json.dumps(times, indent=2, sort_keys=True) + "\n")
+    """Keep how long the training of a part took, beside its checkpoints; the cards put it on record."""
+    path = WORK / "minutes.json"
+    times = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(times | {name: round(minutes, 1)}, indent=2, sort_keys=True) + "\n")
 
 
 def trained_minutes() -> dict[str, float]:
-    """Minutes that each part's training took, over all its sittings and rounds."""
-    return json.loads(TIMES.read_text()) if TIMES.exists() else {}
+    """Minutes that each part's training took, over all its sittings: the record, and what was trained since."""
+    found: dict[str, float] = {}
+    for path in (TIMES, WORK / "minutes.json"):
+        found |= json.loads(path.read_text()) if path.exists() else {}
+    return found
