@@ -37,5 +37,9 @@ figures: $(STAMP)
 compatibility: $(STAMP)
 	$(BIN)/python tests/compat/page.py --write
 
+# The tables of docs/solvers.md.
+orders: $(STAMP)
+	$(BIN)/python tests/solver_table.py --write
+
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -12,8 +12,10 @@ from torch import Tensor
 from backdrift import nests
 from backdrift.denoiser import Denoiser
 from backdrift.errors import InputError
+from backdrift.sampling import sample
 from backdrift.schedules import VP, Flow
-from problems import ToyNetwork, toy_inputs
+from backdrift.solvers import Euler, Midpoint
+from problems import GaussianNetwork, ToyNetwork, condition, scaled_linear_table, start_state, toy_inputs
 
 
 class Recorder:
@@ -94,6 +96,38 @@ def test_times_are_scaled_and_never_rounded() -> None:
     assert float(times[0]) == pytest.approx(t, rel=1e-7)
 
 
+def test_times_are_rounded_on_request_for_the_network_alone() -> None:
+    schedule = VP.discrete(scaled_linear_table(), "spline")
+    network = Recorder()
+    model = Denoiser(network, schedule, "sample", round_timesteps=True)
+    for t, expected in ((417.3, 417.0), (417.5, 418.0), (418.5, 418.0), (998.7, 999.0)):
+        eps = model(X, t, COND)
+        assert network.seen[-1][1].tolist() == [expected, expected]
+        assert network.seen[-1][1].dtype == torch.float64
+        # alpha and sigma are those of the exact time.
+        x0 = 0.5 * X + COND["a"]
+        torch.testing.assert_close(eps, (X - schedule.alpha(t) * x0) / schedule.sigma(t), rtol=1e-12, atol=0)
+    flow = Denoiser(network, Flow(), "flow_prediction", time_scale=1000.0, round_timesteps=True)
+    flow.output(X, 0.12345, COND)
+    assert network.seen[-1][1].tolist() == [123.0, 123.0]
+
+
+def test_rounded_times_are_the_trained_ones_to_first_order() -> None:
+    """On a grid of whole timesteps Euler's run is the same; a method that asks between them is off by the rounding."""
+    schedule = VP.discrete(scaled_linear_table(), "spline")
+    network = GaussianNetwork(schedule, "epsilon")
+    x, times = start_state(schedule, 999.0), [999.0, 700.0, 401.0, 100.0]
+    runs = {
+        (type(solver), rounded): sample(
+            Denoiser(network, schedule, round_timesteps=rounded), x, condition(), solver=solver, grid=times
+        ).x0.detach()
+        for solver in (Euler(), Midpoint())
+        for rounded in (False, True)
+    }
+    assert torch.equal(runs[Euler, True], runs[Euler, False])
+    assert 1e-5 < float((runs[Midpoint, True] - runs[Midpoint, False]).norm()) < 1e-2
+
+
 def test_a_modules_dtype_is_found() -> None:
     network = ToyNetwork(dtype=torch.float32)
     x, cond = toy_inputs(torch.float32)
@@ -117,6 +151,7 @@ def test_outputs_may_be_wrapped() -> None:
         (lambda: Denoiser(Recorder(), VP.linear(), guidance_scale=float("nan")), "guidance_scale"),
         (lambda: Denoiser(Recorder(), VP.linear(), time_scale="1"), "time_scale"),  # type: ignore[arg-type]
         (lambda: Denoiser(Recorder(), VP.linear(), dtype=torch.int8), "floating"),
+        (lambda: Denoiser(Recorder(), Flow(), round_timesteps=True), "times up to 1"),
         (lambda: Denoiser(Recorder(), VP.linear(), guidance_scale=2.0)(X, 0.5), "both None"),
         (lambda: Denoiser(lambda x, t, c: torch.cat([x, x], 1), VP.linear())(X, 0.5), "learned variance"),
         (lambda: Denoiser(lambda x, t, c: None, VP.linear())(X, 0.5), "NoneType"),

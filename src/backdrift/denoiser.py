@@ -27,8 +27,8 @@ class Denoiser:
 
     Args:
         network: ``network(x, t, cond)`` -> tensor of x's shape (or an object with it as ``.sample``, or a tuple
-            with it first). x (B, …); t (B,), float64 beside a float64 state and float32 otherwise, never
-            rounded; cond as given.
+            with it first). x (B, …); t (B,), float64 beside a float64 state and float32 otherwise, unrounded
+            unless ``round_timesteps``; cond as given.
         schedule: the forward process.
         prediction: what the network returns: ``"epsilon"``, ``"sample"``, ``"v_prediction"`` or
             ``"flow_prediction"``.
@@ -37,6 +37,9 @@ class Denoiser:
             where ``cond`` is given); it, too, may be given per step or as a function of time (see
             :mod:`backdrift.conditioning`).
         time_scale: the network is given ``time_scale * t`` (1000 for Stable Diffusion 3's flow times).
+        round_timesteps: give the network the nearest whole number (the even one of two), still as a floating tensor:
+            for one that was trained on whole timesteps and takes no others. alpha, sigma and the steps stay exact, so a
+            solver's order above 1 is lost where a step is not long beside the rounding.
         dtype: the network's arithmetic; its first floating parameter's if None. A state of more precision is
             cast on entry and the output cast back, so the state never loses digits to the network's dtype.
 
@@ -56,6 +59,7 @@ class Denoiser:
         guidance_scale: float = 1.0,
         uncond: Any = None,
         time_scale: float = 1.0,
+        round_timesteps: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
         if not callable(network):
@@ -67,12 +71,18 @@ class Denoiser:
                 raise InputError(f"{name} must be a finite number; got {value!r}")
         if dtype is not None and not dtype.is_floating_point:
             raise InputError(f"dtype must be a floating dtype; got {dtype}")
+        if round_timesteps and abs(time_scale) * schedule.t_max < 2:
+            raise InputError(
+                f"round_timesteps is for networks that count whole timesteps; this one is given times up to "
+                f"{time_scale * schedule.t_max:g} on {schedule!r}: set time_scale (1000, say), or leave it out"
+            )
         self.network = network
         self.schedule = schedule
         self.prediction = check_prediction(prediction)
         self.guidance_scale = float(guidance_scale)
         self.uncond = uncond
         self.time_scale = float(time_scale)
+        self.round_timesteps = bool(round_timesteps)
         self.dtype = dtype
         self.nfe = 0
 
@@ -115,6 +125,8 @@ class Denoiser:
         times_dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
         paired, rows = branch.paired, len(x) * (2 if branch.paired else 1)
         times = torch.full((rows,), t * self.time_scale, dtype=times_dtype, device=x.device)
+        if self.round_timesteps:
+            times = times.round()
         inputs = x.to(self._network_dtype(x))
         kind = x.device.type
         # Autocast's cache of cast weights outlives a call: one made without grad would be found by a redone

@@ -6,19 +6,21 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .errors import InputError
 from .forms import FORMS, Call, Form
 from .noises import Draw, Noise
 from .schedules import Schedule
-from .solvers import Leg, Pair, ReversibleSolver, Solver, StochasticSolver
+from .solvers import AdaptiveDormandPrince, Leg, Pair, ReversibleSolver, Solver, StochasticSolver
 from .solvers.coupled import linked
 
 
 @dataclass(frozen=True)
 class Interval:
-    """One step: from time ``start`` to ``end`` on the form of that name; ``aside`` where it is not the run's own."""
+    """One step: from time ``start`` to ``end`` on the form of that name; ``aside`` where another form than the run's
+    own is used, or the solver does not span it: its own ``aside`` takes the step."""
 
     start: float
     end: float
@@ -55,7 +57,7 @@ class Plan:
         times: Sequence[float],
         noise: Noise | None = None,
     ) -> None:
-        self.schedule, self.prediction, self.times = schedule, prediction, list(times)
+        self.form, self.schedule, self.prediction, self.times = form, schedule, prediction, list(times)
         own = Form(form, schedule, prediction)
         solver.check_form(form)
         _check_noise(solver, noise)
@@ -66,7 +68,8 @@ class Plan:
         for start, end in zip(self.times[:-1], self.times[1:], strict=True):
             used = own.aside(start, end)
             used.coefficients(start)
-            self.intervals.append(Interval(start, end, used.name, used is not own))
+            aside = used is not own or not self.solver.spans(used.node(start), used.node(end))
+            self.intervals.append(Interval(start, end, used.name, aside))
 
     @property
     def evaluations(self) -> int:
@@ -96,6 +99,30 @@ class Plan:
             stepper = aside if interval.aside else run
             x = stepper.step(form, x, form.node(interval.start), form.node(interval.end))
             yield x
+
+    def settled(self, x: Tensor, call: Call) -> tuple[Plan, list[Tensor]]:
+        """An adaptive solver's plan on the steps it accepts, and the states at their nodes after the first.
+
+        The steps are found by one run without gradients.
+
+        Args:
+            x: state at the first node.
+            call: ``call(x, t)`` -> the network's output, of x's shape.
+        """
+        solver, forms = self.solver, self.forms(call)
+        if not isinstance(solver, AdaptiveDormandPrince):
+            raise InputError(f"{solver!r} steps on the grid's nodes; only an adaptive solver looks for others")
+        fixed, times, states, last = solver.fixed, self.times[:1], [x], None
+        with torch.no_grad():
+            for interval in self.intervals:
+                form = forms[interval.form]
+                a, b = form.node(interval.start), form.node(interval.end)
+                if interval.aside:
+                    found, ys, last = [b.t], [fixed.begin().step(form, states[-1], a, b)], None
+                else:
+                    found, ys, last = solver.accepted(form, states[-1], a, b, last)
+                times, states = times + found, states + ys
+        return Plan(fixed, self.form, self.schedule, self.prediction, times), states[1:]
 
     def forms(self, call: Call | None = None, draw: Draw | None = None) -> dict[str, Form]:
         """The forms on the run's model and noise, by name."""

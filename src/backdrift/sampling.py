@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from .grids import TimeGrid
 from .integrate import Plan
 from .noises import Brownian, GivenNoise, Noise
 from .schedules import Flow
-from .solvers import Euler, Pair, ReversibleSolver, Solver, State
+from .solvers import AdaptiveDormandPrince, Euler, Pair, ReversibleSolver, Solver, State
 from .stats import RunStats
 
 Grid = TimeGrid | Sequence[float] | Tensor | None
@@ -74,7 +74,8 @@ def sample(
             :class:`~backdrift.Pair`, such as :func:`~backdrift.encode` returns; a tensor stands for it twice.
         cond: the network's conditioning, any nest of tensors.
         solver: :class:`~backdrift.solvers.Euler` (DDIM) if None.
-        grid: a :class:`TimeGrid`, or falling times; if None 20 uniform steps.
+        grid: a :class:`TimeGrid`, or falling times; if None 20 uniform steps, and a single interval for an adaptive
+            solver, which keeps the nodes given and puts more between them.
         form: ``"original"``, ``"exponential"`` or ``"data"``; if None, the solver's own, else ``"original"`` for
             rectified flow (dx/dt = u) and ``"exponential"`` otherwise. Beside an end where the form is singular
             one step is taken on a form that is regular there.
@@ -103,12 +104,13 @@ def sample(
     pair, x = (state, state.first) if isinstance(state, Pair) else (None, state)
 
     stats, start, before = RunStats(), time.perf_counter(), model.nfe
-    states = gradient.run(Job(plan, model, x, cond, stats, trajectory, check_finite, pair))
+    job, found = _settled(Job(plan, model, x, cond, stats, trajectory, check_finite, pair))
+    states = gradient.run(job) if found is None or torch.is_grad_enabled() else found
     path = [state]
-    for state in finite(states, plan.times) if check_finite else states:
+    for state in finite(states, job.plan.times) if check_finite else states:
         path[0 if not trajectory else len(path) :] = [state]
     stats.seconds_forward += time.perf_counter() - start
-    times = torch.tensor(plan.times, dtype=torch.float64)
+    times = torch.tensor(job.plan.times, dtype=torch.float64)
     return _solution(path, times, trajectory, model.nfe - before, stats)
 
 
@@ -126,6 +128,16 @@ def _solution(path: list[State], times: Tensor, trajectory: bool, nfe: int, stat
         pairs[-1] if complete else None,
         pairs if complete and trajectory else None,
     )
+
+
+def _settled(job: Job) -> tuple[Job, list[Tensor] | None]:
+    """The job on the steps that its adaptive solver accepts, and the states found with them; else the job, and None."""
+    if not isinstance(job.plan.solver, AdaptiveDormandPrince):
+        return job, None
+    before = job.model.nfe
+    plan, states = job.plan.settled(job.x, lambda x, t: job.model.output(x, t, job.cond))
+    job.stats.calls_forward += job.model.nfe - before
+    return replace(job, plan=plan), states
 
 
 def check_arguments(model: Denoiser, solver: Solver, gradient: GradientMethod) -> None:
@@ -150,7 +162,8 @@ def plan_for(
         InputError: the settings do not go together.
     """
     if not isinstance(grid, TimeGrid):
-        grid = TimeGrid("uniform", steps=20) if grid is None else TimeGrid(grid)
+        steps = 1 if isinstance(solver, AdaptiveDormandPrince) else 20
+        grid = TimeGrid("uniform", steps) if grid is None else TimeGrid(grid)
     if form is None:
         form = solver.default_form or ("original" if isinstance(model.schedule, Flow) else "exponential")
     times = grid.nodes(model.schedule).tolist()

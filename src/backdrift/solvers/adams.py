@@ -1,14 +1,16 @@
-"""Adams–Bashforth methods on unequal steps.
+"""Multistep methods that extrapolate the drift by a polynomial, and the first of them: Adams–Bashforth.
 
     Y_{n+1} = Y_n + Σ_j w_j drift_{n-j},   w_j = ∫ ℓ_j(s) ds over [s_n, s_{n+1}]
 
-with ℓ_j the Lagrange polynomials of the last k nodes. On the exponential form this is ρAB-DEIS (Zhang & Chen
-2023) and AdjointDPM's solver.
+with ℓ_j the Lagrange polynomials of the last k nodes. In Adams–Bashforth they are polynomials in the form's own clock
+s; on the exponential form (s = rho) that is ρAB-DEIS (Zhang & Chen 2023) and AdjointDPM's solver. In
+:mod:`backdrift.solvers.deis` they are polynomials in t or in log rho.
 """
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Sequence
 
@@ -34,8 +36,8 @@ def adams_weights(nodes: Sequence[float], start: float, stop: float) -> list[flo
     return weights
 
 
-class AdamsBashforth(Solver):
-    """Adams–Bashforth of order 1 to 4: one evaluation a step once it has started.
+class Extrapolating(Solver):
+    """A multistep method of order 1 to 4: one evaluation a step once it has started.
 
     The first ``order - 1`` steps are taken by a Runge–Kutta method (Heun for order 2, the classical one for 3
     and 4) whose first stages serve as the history, so the start costs no order.
@@ -47,18 +49,28 @@ class AdamsBashforth(Solver):
         InputError: another order.
     """
 
-    def __init__(self, order: int = 4) -> None:
+    def __init__(self, order: int) -> None:
         if order not in (1, 2, 3, 4) or isinstance(order, bool):
-            raise InputError(f"AdamsBashforth has orders 1, 2, 3 and 4; got {order!r}")
+            raise InputError(f"{type(self).__name__} has orders 1, 2, 3 and 4; got {order!r}")
         self.order = order
         tableau, starter_order = {1: (EULER, 1), 2: (HEUN, 2)}.get(order, (CLASSIC, 4))
         self.starter = ExplicitRungeKutta(tableau, starter_order)
 
     def __repr__(self) -> str:
-        return f"AdamsBashforth({self.order})"
+        return f"{type(self).__name__}({self.order})"
+
+    @abstractmethod
+    def weights(self, form: Form, nodes: Sequence[Node], b: Node) -> list[float]:
+        """What each drift counts in the step from ``nodes[-1]`` to ``b``.
+
+        Args:
+            form: the run's form.
+            nodes: where the drifts were evaluated, the oldest first; ``order`` of them.
+            b: the step's end.
+        """
 
     def begin(self) -> Stepper:
-        return _AdamsRun(self.order, self.starter)
+        return _ExtrapolatingRun(self)
 
     def evaluations(self, index: int) -> int:
         return self.starter.evaluations(index) if index < self.order - 1 else 1
@@ -68,17 +80,37 @@ class AdamsBashforth(Solver):
         return self.starter
 
 
-class _AdamsRun(Stepper):
-    def __init__(self, order: int, starter: ExplicitRungeKutta) -> None:
-        self.order, self.starter = order, starter
-        self.history: deque[tuple[float, Tensor]] = deque(maxlen=order)
+class AdamsBashforth(Extrapolating):
+    """Adams–Bashforth on unequal steps: the drift is extrapolated by a polynomial in the form's clock.
+
+    On the exponential form that is ρAB-DEIS (Zhang & Chen 2023). Orders 1 to 4; the first ``order - 1`` steps are taken
+    by Heun's method (order 2) or the classical Runge–Kutta method.
+
+    Args:
+        order: 1, 2, 3 or 4 (1 is Euler).
+
+    Raises:
+        InputError: another order.
+    """
+
+    def __init__(self, order: int = 4) -> None:
+        super().__init__(order)
+
+    def weights(self, form: Form, nodes: Sequence[Node], b: Node) -> list[float]:
+        return adams_weights([node.s for node in nodes], nodes[-1].s, b.s)
+
+
+class _ExtrapolatingRun(Stepper):
+    def __init__(self, method: Extrapolating) -> None:
+        self.method = method
+        self.history: deque[tuple[Node, Tensor]] = deque(maxlen=method.order)
 
     def step(self, form: Form, x: Tensor, a: Node, b: Node) -> Tensor:
         drift = form.drift(x, a.t)
-        self.history.append((a.s, drift))
-        if len(self.history) < self.order:
-            return self.starter.finish(form, x, a, b, drift)
-        weights = adams_weights([s for s, _ in self.history], a.s, b.s)
+        self.history.append((a, drift))
+        if len(self.history) < self.method.order:
+            return self.method.starter.finish(form, x, a, b, drift)
+        weights = self.method.weights(form, [node for node, _ in self.history], b)
         y = rescaled(x, 1 / form.scale(a.t))
         y = add_scaled(y, [(w, k) for w, (_, k) in zip(weights, self.history, strict=True)])
         return rescaled(y, form.scale(b.t))

@@ -43,7 +43,15 @@ class Solver(ABC):
     @property
     @abstractmethod
     def aside(self) -> Solver:
-        """The one-step method that takes over beside a singular end, where the form changes for an interval."""
+        """The one-step method that takes over beside a singular end, where the form changes for an interval, and
+        where the method does not span an interval."""
+
+    def spans(self, a: Node, b: Node) -> bool:
+        """Whether the method itself can step from ``a`` to ``b``, two points where the form is regular.
+
+        Not one that steps in lam, where lam is infinite at an end.
+        """
+        return True
 
     def fitted(self, steps: int) -> Solver:
         """The method for a run of that many steps: itself, unless a setting left open depends on them."""
