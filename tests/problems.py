@@ -157,32 +157,58 @@ def toy_denoiser(network: Any = None, **kwargs: Any) -> Denoiser:
     return Denoiser(network if network is not None else ToyNetwork(), VP.linear(), **kwargs)
 
 
-class ScalarPaths:
+class NoisePaths:
+    """Paths of Brownian motion W over c = v / (1 + v), v = rho², and their noises on grids that divide the finest.
+
+    The nodes fall evenly in log rho from 4 to 0.1. A coarser step's noise is the sum of those inside it.
+    """
+
+    def __init__(self, rows: int, finest: int, seed: int = 0) -> None:
+        self.rows, self.finest = rows, finest
+        self.rho = torch.exp(torch.linspace(math.log(4.0), math.log(0.1), finest + 1, dtype=torch.float64))
+        v = self.rho**2
+        self.c = v / (1 + v)
+        self.increments = self._normals(seed) * (self.c[:-1] - self.c[1:]).sqrt()[:, None, None]
+
+    def _normals(self, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(self.finest, self.rows, 1, generator=generator, dtype=torch.float64)
+
+    def times(self, schedule: Schedule, steps: int) -> list[float]:
+        return schedule.t_from_rho(self.rho[:: self.finest // steps]).tolist()
+
+    def noises(self, steps: int) -> Tensor:
+        """Standard normal (steps, rows, 1): those of a run with that many steps."""
+        stride = self.finest // steps
+        c = self.c[::stride]
+        sums = self.increments.reshape(steps, stride, self.rows, 1).sum(1)
+        return sums / (c[:-1] - c[1:]).sqrt()[:, None, None]
+
+
+class ScalarPaths(NoisePaths):
     """Many scalar solutions of the diffusion SDE for data N(mean, variance), each along its own noise, in closed form.
 
-    In y = x/alpha and v = rho² the SDE of noise level eta is linear. With z = y - mean and p = (1 + eta²)/2,
+    In y = x/alpha the SDE of noise level eta is linear. With z = y - mean and p = (1 + eta²)/2,
 
-        z = (variance + v)^p q,   dq = eta (1 + v) / (variance + v)^p dW,
+        z = (variance + v)^p q,   dq = eta (1 + v) / (variance + v)^p dW.
 
-    W being Brownian motion over c = v / (1 + v). q is known where the Wiener integral is: on each of the finest steps
-    it is drawn given W's increment there, with which it is jointly normal. A coarser step's noise is the sum of
-    those inside it, so that every grid that divides the finest has its noises on one path.
+    q is known where the Wiener integral is: on each of the finest steps it is drawn given W's increment there, with
+    which it is jointly normal. W is the path of :class:`Brownian`.
     """
 
     mean, variance = 0.7, 0.09
 
     def __init__(self, rows: int = 2000, finest: int = 256, eta: float = 1.0, seed: int = 0) -> None:
-        self.rows, self.finest, self.eta = rows, finest, eta
-        self.rho = torch.exp(torch.linspace(math.log(4.0), math.log(0.1), finest + 1, dtype=torch.float64))
-        like = torch.zeros(rows, 1, dtype=torch.float64)
-        draw = Brownian(seed).path(EDM(), self.rho.tolist(), like)
-        steps = [draw(like, 1.0, *pair) for pair in itertools.pairwise(self.rho.tolist())]
-        v = self.rho**2
-        self.c = v / (1 + v)
-        self.increments = torch.stack(steps) * (self.c[:-1] - self.c[1:]).sqrt()[:, None, None]
+        super().__init__(rows, finest, seed)
+        self.eta = eta
         generator = torch.Generator().manual_seed(seed + 1)
         self.start = torch.randn(rows, 1, generator=generator, dtype=torch.float64)
         self.q = self._wiener_integral(torch.randn(finest, rows, 1, generator=generator, dtype=torch.float64))
+
+    def _normals(self, seed: int) -> Tensor:
+        like, rhos = torch.zeros(self.rows, 1, dtype=torch.float64), self.rho.tolist()
+        draw = Brownian(seed).path(EDM(), rhos, like)
+        return torch.stack([draw(like, 1.0, *pair) for pair in itertools.pairwise(rhos)])
 
     def _wiener_integral(self, rest: Tensor) -> Tensor:
         """eta ∫ (1 + v)/(variance + v)^p dW from the first node to the last (rows, 1), given the increments of W."""
@@ -200,16 +226,6 @@ class ScalarPaths:
         network.mean = nn.Parameter(torch.tensor([self.mean], dtype=torch.float64))
         network.log_variance = nn.Parameter(torch.tensor([self.variance], dtype=torch.float64).log())
         return network.requires_grad_(False)
-
-    def times(self, schedule: Schedule, steps: int) -> list[float]:
-        return schedule.t_from_rho(self.rho[:: self.finest // steps]).tolist()
-
-    def noises(self, steps: int) -> Tensor:
-        """Standard normal (steps, rows, 1): those of a run with that many steps."""
-        stride = self.finest // steps
-        c = self.c[::stride]
-        sums = self.increments.reshape(steps, stride, self.rows, 1).sum(1)
-        return sums / (c[:-1] - c[1:]).sqrt()[:, None, None]
 
     def ends(self, schedule: Schedule) -> tuple[Tensor, Tensor]:
         """The states at the first and at the last node."""
