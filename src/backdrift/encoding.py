@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .conditioning import check_steps
 from .denoiser import Denoiser
 from .errors import InputError
 from .gradients import Exact, GradientMethod, Job
@@ -57,6 +58,7 @@ def encode(
             f"{gradient!r} steps from noise to data only: encode with gradient=Exact(), Plain() or Reversible()"
         )
     plan = plan_for(model, solver, grid, form).undone()
+    check_steps((cond, model.uncond), len(plan.intervals))
     pair = state_for(plan, x0, gradient, "x0")
     assert isinstance(pair, Pair)  # the plan is reversible
     states = gradient.run(Job(plan, model, pair.first, cond, RunStats(), False, check_finite, pair))

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..forms import Form, Node
 from .base import Solver, Stepper, rescaled
-from .runge_kutta import ExplicitRungeKutta
+from .runge_kutta import RungeKutta
 
 
 class Pair(NamedTuple):
@@ -86,7 +86,7 @@ class Kick:
             slope: the drift there, where it is known.
         """
         a, b = self.start, self.stop
-        if not isinstance(self.base, ExplicitRungeKutta):
+        if not isinstance(self.base, RungeKutta):
             x = rescaled(y, form.scale(a.t))
             return rescaled(self.base.begin().step(form, x, a, b), 1 / form.scale(b.t)) - y, None
         if slope is None:
