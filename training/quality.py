@@ -39,7 +39,7 @@ def generate(pipe: Any, name: str, scenes: list[Scene], seed: int = 0, batch: in
 def score(pictures: Tensor, scenes: list[Scene]) -> dict[str, float]:
     """Fractions of pictures whose digits, digit colours and background are the named ones.
 
-    A two-digit picture counts as right only where both digits are. Colours are not asked of
+    A two-digit picture counts as right only where both digits are; "all digits" is over both kinds. Colours are not asked of
     black-and-white pictures, backgrounds neither; digits only where the caption names them.
     """
     net = load_classifier()
@@ -56,6 +56,7 @@ def score(pictures: Tensor, scenes: list[Scene]) -> dict[str, float]:
                 all(int(v["colour"][i]) == c for v, c in zip(views, s.colours, strict=True))
             )
             hits["background"].append(all(int(v["background"][i]) == s.background for v in views[:1]))
+    hits["all digits"] = hits["digit"] + hits["two digits"]
     return {k: float(np.mean(v)) for k, v in hits.items() if v}
 
 
