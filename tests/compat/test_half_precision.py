@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from traps import Trap
 
 import backdrift as bd
 from backdrift.errors import UnsupportedError
 from tiny_pipelines import PICTURE, embeds_for, noise_for, tiny_sdxl
-from traps import Trap
 
 TRAP = Trap(
     "Half precision: a float16 SDXL upcasts its decoder, decodes, and casts it back before `backward`",

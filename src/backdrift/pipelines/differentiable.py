@@ -26,6 +26,7 @@ from .outputs import SafetyBeside, first_tensor, to_pil, unclamped, with_flags
 from .reach import check_reached, wanted
 from .refusals import check_components, check_pipeline, image_processors, plain_class
 from .shadow import Train, copied_scheduler, networks, shadow, trained_parameters
+from .steps import check_numbers, check_steps
 from .trainable import check_trainable
 from .twins import twin
 
@@ -108,6 +109,7 @@ class DifferentiableRun:
     ) -> None:
         check_pipeline(pipe)
         check_components(pipe)
+        check_steps(pipe)
         self.pipe, self.clamp, self.noise = pipe, clamp, noise
         self.stats = RunStats()
         trained = trained_parameters(pipe, train)
@@ -145,6 +147,7 @@ class DifferentiableRun:
         if torch.is_inference_mode_enabled():
             raise InputError("differentiable inside torch.inference_mode(): leave that, it forbids gradients")
         check_components(self.pipe)
+        check_steps(self.pipe)
         start = time.perf_counter()
         ending = ending_of(plain_class(type(self.pipe)), self.clamp)
         call = PipelineCall.of(self.pipe, args, kwargs, ending.output_type if ending is not None else "pt")
@@ -154,6 +157,7 @@ class DifferentiableRun:
         self._ledger.begin()
         # A user's no_grad around the call is meant: it samples as cheaply as ever, and returns a tensor.
         inputs = wanted(arguments) if torch.is_grad_enabled() else {}
+        check_numbers(inputs)
         with drawing(noise), nullcontext() if ending is None else ending:
             out = call.run(clone)
         if noise is not None:

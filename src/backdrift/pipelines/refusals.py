@@ -134,19 +134,18 @@ def check_components(pipe: Any) -> None:
                 )
 
 
-def reached(cls: type) -> Iterator[tuple[str, CodeType]]:
-    """Name and code of ``__call__`` and of every method that it leads to.
+def reached(cls: type, start: str = "__call__") -> Iterator[tuple[str, CodeType]]:
+    """Name and code of the method ``start`` and of every method that it leads to.
 
     Methods of the common base classes (devices, offloading, saving) are left out, and so are those that are known
     to be harmless.
     """
     from diffusers import DiffusionPipeline
 
-    call: Any = cls.__call__
-    call = without_no_grad(call)
-    yield "__call__", call.__code__
-    seen = {"__call__", *_HARMLESS}
-    queue = sorted(set(names(call.__code__)))
+    first = without_no_grad(getattr(cls, start)).__code__
+    yield start, first
+    seen = {start, *_HARMLESS}
+    queue = sorted(set(names(first)))
     for name in queue:  # grows as methods are found
         method = inspect.getattr_static(cls, name, None)
         method = getattr(method, "__func__", method)
