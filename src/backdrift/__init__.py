@@ -54,6 +54,8 @@ _EXPORTS: dict[str, str] = {
     "load": "pipelines.load",
     "noise": "pipelines.load",
     "differentiable": "pipelines.differentiable",
+    "plan": "pipelines.planned",
+    "Choices": "planning.choices",
     "optimize": "optimization",
     "Run": "run",
     "invert": "recipes.invert",

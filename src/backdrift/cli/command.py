@@ -11,10 +11,10 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from .config import Settings, _extra, build, flag
+from .config import Bare, _extra, build, flag
 from .errors import reported
 
-C = TypeVar("C", bound=Settings)
+C = TypeVar("C", bound=Bare)
 
 
 def command(app: typer.Typer, kind: type[C]) -> Callable[[Callable[[C], None]], Callable[[C], None]]:
@@ -50,8 +50,8 @@ def _parameter(name: str, field: Any, panel: str) -> inspect.Parameter:
         )
         return _keyword(name, annotation, info)
     shown = extra.get("default", _shown(field))
-    declarations = [flag(name), *extra.get("short", [])]
-    if annotation is bool:
+    declarations = [extra.get("flag", flag(name)), *extra.get("short", [])]
+    if annotation is bool and "flag" not in extra:
         declarations = [f"{flag(name)}/--no-{name.replace('_', '-')}"]
     info = typer.Option(
         *declarations,
@@ -71,7 +71,7 @@ def _keyword(name: str, annotation: Any, info: Any) -> inspect.Parameter:
     )
 
 
-def _owner(kind: type[Settings], name: str) -> type[Settings]:
+def _owner(kind: type[Bare], name: str) -> type[Bare]:
     """The most derived class that declares the field."""
     return next(c for c in kind.__mro__ if name in inspect.get_annotations(c))
 

@@ -16,13 +16,19 @@ from ..errors import InputError
 from ..suggest import closest
 
 
-class Settings(BaseModel):
-    """What every command that runs a pipeline takes."""
+class Bare(BaseModel):
+    """Settings of a command: unknown names are errors."""
 
     #: Heading of these fields in the help.
-    panel: ClassVar[str] = "Model and machine"
+    panel: ClassVar[str] = "Options"
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class Settings(Bare):
+    """What every command that runs a pipeline takes."""
+
+    panel: ClassVar[str] = "Model and machine"
 
     model: str = Field(
         "sd",
@@ -43,7 +49,7 @@ class Settings(BaseModel):
     seed: int = Field(0, ge=0, description="Seed of the noise and of everything random.")
 
 
-C = TypeVar("C", bound=Settings)
+C = TypeVar("C", bound=Bare)
 
 
 def build(kind: type[C], flags: Mapping[str, Any], file: Path | None) -> C:
@@ -63,7 +69,7 @@ def build(kind: type[C], flags: Mapping[str, Any], file: Path | None) -> C:
         raise InputError(_message(kind, first, name, None if name in given else file)) from None
 
 
-def dump(settings: Settings, path: Path, command: str) -> None:
+def dump(settings: Bare, path: Path, command: str) -> None:
     """Write the settings as a file that ``--config`` takes; ``out`` is left out, what is unset too."""
     import yaml
 
@@ -77,7 +83,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _read(kind: type[Settings], file: Path) -> dict[str, Any]:
+def _read(kind: type[Bare], file: Path) -> dict[str, Any]:
     import yaml
 
     try:
@@ -108,7 +114,7 @@ def _read(kind: type[Settings], file: Path) -> dict[str, Any]:
     return values
 
 
-def _message(kind: type[Settings], error: Any, name: str, file: Path | None) -> str:
+def _message(kind: type[Bare], error: Any, name: str, file: Path | None) -> str:
     field = kind.model_fields.get(name)
     about = f" ({field.description})" if field is not None and field.description else ""
     if error["type"] == "missing":

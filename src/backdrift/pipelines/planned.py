@@ -1,0 +1,165 @@
+"""``plan``: what a job with gradients needs, before it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..budget import parse_size
+from ..errors import InputError
+from ..planning.choices import Choices
+from ..planning.job import Job
+from ..planning.plan import Plan, make_plan
+from .configured import configured
+from .load import noise
+from .refusals import plain_class, undecorated_call
+from .rehearsal import rehearse
+from .scored import count_loss
+from .shadow import Train
+
+__all__ = ["plan"]
+
+#: How many tensors of a weight's size an optimizer keeps beside it.
+OPTIMIZERS = dict.fromkeys(("adamw", "adam", "nadam", "radam", "adamax", "adadelta"), 2)
+OPTIMIZERS |= {"rmsprop": 1, "adagrad": 1, "sgd": 0}
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def plan(
+    pipe: Any,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int = 50,
+    *,
+    loss: Any = None,
+    memory: str | int | None = None,
+    train: Train = None,
+    dtype: torch.dtype | str | None = None,
+    batch: int = 1,
+    guidance: bool = True,
+    optimizer: str = "adamw",
+    rank: int = 16,
+    tiles: bool = False,
+    offload: bool | None = None,
+    choices: Choices | None = None,
+    **call: Any,
+) -> Plan:
+    """What one sampling run with its loss and its backward pass needs, and the fastest way to run it in a budget.
+
+    Nothing is computed: the pipeline's own loop runs once on zeros the size of latents, its networks stand on the meta
+    device. No GPU and no weights are needed. Counted is every byte on the device: weights, latents and arguments, what
+    autograd saves (each storage once), gradients in flight, the loss, gradients of weights and the optimizer's state.
+    Not counted: scratch memory inside kernels (on a CPU up to some MiB for each thread, on CUDA the libraries'
+    workspaces) and what the allocator cannot use.
+
+    Args:
+        pipe: a pipeline; the name of a model whose configuration ships with the package (``"sd15"``, ``"sdxl"``,
+            ``"sd3-medium"``, ``"flux-dev"``, or their hub ids); or a folder with a saved pipeline, whose weights are
+            not read.
+        height, width: of the pictures in pixels; by default the model's.
+        num_inference_steps: of the sampler.
+        loss: None, for one that holds a few pictures at most; ``"clip-vit-base-patch32"`` or
+            ``"clip-vit-large-patch14"`` for a loss on such a network; or anything that
+            :func:`backdrift.losses.resolve` takes.
+        memory: bytes of everything on the device, or a size such as ``"16GiB"``; None for no limit.
+        train: which weights get gradients, as in :func:`~backdrift.differentiable`. ``"lora"`` on a model without
+            adapters: of rank ``rank``, on the attentions' projections.
+        dtype: of a model that is given by name or folder (default bfloat16); a pipeline has its own.
+        batch: pictures per call.
+        guidance: whether a guidance scale above 1 doubles the batch, where the pipeline does that.
+        optimizer: by which trained weights are updated; its state is counted.
+        tiles: also consider decoding in tiles, which gives slightly different pictures.
+        offload: also consider keeping latents and weights on the CPU while they are not needed; by default unless the
+            pipeline is on the CPU.
+        choices: count these choices instead of searching.
+        call: more arguments of the pipeline's call (``prompt_embeds=``, ``image=`` …).
+
+    Raises:
+        BudgetError: ``memory`` is malformed or too small; names the smallest that works.
+        InputError: an unknown model, loss or optimizer, or a size that does not fit.
+        UnsupportedError: the pipeline's loop cannot be run on zeros.
+
+    Example:
+        >>> print(bd.plan("sdxl", 1024, 1024, 30, loss="clip-vit-large-patch14", memory="16GiB"))
+    """
+    if optimizer not in OPTIMIZERS:
+        raise InputError(f"optimizer={optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
+    if batch < 1 or num_inference_steps < 1:
+        raise InputError(f"batch={batch} and num_inference_steps={num_inference_steps} must be at least 1")
+    budget = None if memory is None else parse_size(memory)
+    if isinstance(pipe, str | PathLike):
+        pipe, size = configured(Path(pipe) if isinstance(pipe, PathLike) else pipe, _dtype(dtype))
+        height, width = height or size, width or size
+        if train == "lora":
+            _add_lora(pipe, rank)
+    elif dtype is not None:
+        raise InputError("dtype= is for models given by name or folder; a loaded pipeline has its own")
+    arguments = _arguments(pipe, height, width, num_inference_steps, batch, guidance, call)
+    job = count_job(pipe, arguments, train, loss, OPTIMIZERS[optimizer])
+    if offload is None:
+        offload = pipe.device.type != "cpu"
+    return make_plan(job, budget, tiles=tiles, offload=offload, fixed=choices)
+
+
+def count_job(pipe: Any, arguments: dict[str, Any], train: Train, loss: Any, states: int) -> Job:
+    """The job of one call with its loss and, per trained weight, ``states`` tensors of optimizer state."""
+    job, pictures = rehearse(pipe, arguments, train)
+    scored, notes = count_loss(loss, pictures) if loss is not None and pictures is not None else (None, ())
+    return dataclasses.replace(job, loss=scored, state=states * job.gradients, notes=notes)
+
+
+def _arguments(
+    pipe: Any,
+    height: int | None,
+    width: int | None,
+    steps: int,
+    batch: int,
+    guidance: bool,
+    call: dict[str, Any],
+) -> dict[str, Any]:
+    """The keywords of a typical call."""
+    accepted = inspect.signature(undecorated_call(plain_class(type(pipe)))).parameters
+    unknown = set(call) - set(accepted)
+    if unknown:
+        raise InputError(f"{plain_class(type(pipe)).__name__} takes no argument {min(unknown)!r}")
+    given: dict[str, Any] = {"num_inference_steps": steps}
+    if height is not None:
+        given["height"] = height
+    if width is not None:
+        given["width"] = width
+    if "prompt_embeds" not in call and "prompt" in accepted:
+        given["prompt"] = ["one"] * batch
+        if getattr(pipe, "tokenizer", None) is None and getattr(pipe, "text_encoder", None) is None:
+            raise InputError(
+                "this pipeline has no text encoder: give prompt_embeds= and what belongs to them"
+            )
+    if not guidance:
+        given["guidance_scale"] = 1.0
+    if "latents" in accepted and "latents" not in call:
+        start = noise(pipe, height=height, width=width, batch_size=batch, device="cpu")
+        given["latents"] = start.requires_grad_()
+    return {k: v for k, v in {**given, **call}.items() if k in accepted}
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype is not None and dtype not in _DTYPES:
+        raise InputError(f"dtype={dtype!r} is not one of {', '.join(_DTYPES)}")
+    return _DTYPES[dtype or "bfloat16"]
+
+
+def _add_lora(pipe: Any, rank: int) -> None:
+    """The usual adapter on the attentions of the denoising network."""
+    from peft import LoraConfig
+
+    network = getattr(pipe, "unet", None) or pipe.transformer
+    with torch.device("meta"):
+        network.add_adapter(
+            LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+        )

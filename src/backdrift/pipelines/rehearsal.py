@@ -1,0 +1,253 @@
+"""A pipeline's own loop run once without its networks: which calls it makes, on what, and what it holds between them.
+
+The networks stand on the meta device, where each kind of call is measured once, and answer with zeros. What the
+pipeline computes itself, on tensors the size of latents, it really computes, on the CPU, forward and backward.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from .. import blocks
+from ..blocks import Level
+from ..errors import BackdriftError, UnsupportedError
+from ..planning.count import Count
+from ..planning.job import Component, Job, Kind, Moment, Role
+from ..planning.meta import like, set_dtypes, to_meta, weight_bytes, weights_of
+from ..planning.profile import Profile, profile
+from .outputs import first_tensor, unclamped
+from .refusals import image_processors, plain_class, undecorated_call
+from .shadow import Train, copied_scheduler, networks, shadow, trained_parameters
+from .stand_in import alike, answer, meta_leaves, rows, stand_in_argument, template, tiling
+
+__all__ = ["rehearse"]
+
+_HERE = property(lambda self: torch.device("cpu"))
+
+
+class Rehearsal(NamedTuple):
+    """What :func:`rehearse` returns.
+
+    Attributes:
+        job: without a loss.
+        pictures: on the meta device, as the pipeline returns them; None if it returns no tensor.
+    """
+
+    job: Job
+    pictures: torch.Tensor | None
+
+
+def role_of(name: str, module: nn.Module) -> Role:
+    """What a component's calls count as."""
+    if hasattr(module, "decode") or hasattr(module, "encode"):
+        return "decoder"
+    if "encoder" in name or name in ("safety_checker", "image_projection"):
+        return "other"
+    return "network"
+
+
+def rehearse(pipe: Any, arguments: dict[str, Any], train: Train = None) -> Rehearsal:
+    """The job that ``pipe(**arguments)`` and a backward pass from its pictures are.
+
+    Args:
+        pipe: a diffusers pipeline; its networks may be on the meta device.
+        arguments: of its call. Tensors are replaced by zeros, generators by new ones.
+        train: which weights get gradients, as in :func:`~backdrift.differentiable`.
+
+    Returns:
+        The job, without a loss, and the shape of its pictures.
+
+    Raises:
+        UnsupportedError: the pipeline's loop cannot be run this way; says where it stopped.
+    """
+    name = plain_class(type(pipe)).__name__
+    stage = _Stage(pipe, train)
+    try:
+        return stage.play(arguments)
+    except BackdriftError:
+        raise
+    except Exception as error:
+        raise UnsupportedError(
+            f"{name} cannot be planned: its loop, run without networks, stopped with {type(error).__name__}: {error}"
+        ) from error
+
+
+class _Stage:
+    """One rehearsal.
+
+    Attributes:
+        count: bytes that the pipeline's own arithmetic holds.
+    """
+
+    def __init__(self, pipe: Any, train: Train) -> None:
+        self.pipe = pipe
+        self.trained = {id(p): p.nbytes for p in trained_parameters(pipe, train).values()}
+        self.count = Count()
+        self.inside = False
+        self.kinds: dict[Any, tuple[Kind, Any]] = {}
+        self.calls: list[Kind] = []
+        self.owned: list[dict[int, int]] = []  # per call, the storages of its arguments
+        self.forward: list[Moment] = []
+        self.backward: list[Moment] = []
+        self.clone = self._clone()
+
+    def play(self, arguments: dict[str, Any]) -> Rehearsal:
+        call = undecorated_call(plain_class(type(self.pipe)))
+        with torch.enable_grad(), self.count:
+            given = _arguments(call, arguments)
+            out = call(self.clone, **given)
+            result = first_tensor(out)
+            self.count.settle()
+            pictures = self.count.peak
+            self.count.reset_peak()
+            del out, given
+            if result is not None and result.requires_grad:
+                result.backward(torch.ones_like(result))
+        job = Job(
+            name=plain_class(type(self.pipe)).__name__,
+            components=self._components(),
+            calls=tuple(self.calls),
+            forward=tuple(self.forward),
+            backward=tuple(self.backward),
+            pictures=pictures,
+            own=self._own(),
+        )
+        return Rehearsal(job, None if result is None else like(result.detach()))
+
+    def _clone(self) -> Any:
+        clone = copy.copy(self.pipe)
+        clone.__class__ = _on_the_cpu(
+            plain_class(type(self.pipe)), _execution_device=_HERE, maybe_free_model_hooks=lambda self: None
+        )
+        own = clone.__dict__
+        for name, module in networks(self.pipe).items():
+            own[name] = self._on_stage(name, to_meta(shadow(module, set(self.trained))))
+        for name, value in list(own.items()):
+            if name.endswith("scheduler") and hasattr(value, "step"):
+                own[name] = copied_scheduler(value)
+        own |= {name: unclamped(p) for name, p in image_processors(self.pipe).items()}
+        own |= {name: None for name in ("safety_checker", "watermark") if name in own}
+        own["_progress_bar_config"] = {"disable": True}
+        return clone
+
+    def _on_stage(self, name: str, module: nn.Module) -> nn.Module:
+        role = role_of(name, module)
+        methods = ["forward", *(m for m in ("encode", "decode") if role == "decoder" and hasattr(module, m))]
+        for method in methods:
+            setattr(module, method, self._stand_in(name, module, method, role))
+        module.__class__ = _on_the_cpu(type(module))
+        return module
+
+    def _stand_in(self, name: str, module: nn.Module, method: str, role: Role) -> Callable[..., Any]:
+        fn, weights = getattr(module, method), weights_of(module)
+        full = [t.dtype for t in weights]
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if self.inside:  # a call within a call is part of it
+                return fn(*args, **kwargs)
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            moment = self._moment(len(self.calls))
+            self.forward.append(moment)
+            self.count.paused = self.inside = True
+            try:
+                converted = sum(t.nbytes for t, dtype in zip(weights, full, strict=True) if t.dtype != dtype)
+                key = (name, method, spec, torch.is_grad_enabled(), converted, *map(alike, leaves))
+                if key not in self.kinds:
+                    self.kinds[key] = self._measured(name, module, fn, (leaves, spec), role, converted)
+            finally:
+                self.count.paused = self.inside = False
+            kind, shape = self.kinds[key]
+            self.calls.append(kind)
+            tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+            self.owned.append({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors})
+            return answer(shape, tensors, lambda: self.backward.append(self._moment(moment.call)))
+
+        return called
+
+    def _measured(
+        self,
+        name: str,
+        module: nn.Module,
+        fn: Callable[..., Any],
+        arguments: tuple[list[Any], Any],
+        role: Role,
+        converted: int,
+    ) -> tuple[Kind, Any]:
+        """A kind of calls, measured, and what it returns."""
+        leaves, spec = arguments
+        templates: list[Any] = []
+        weights, graded = weights_of(module), torch.is_grad_enabled()
+        now = [t.dtype for t in weights]
+        example = meta_leaves(leaves)
+
+        def measure(level: Level, tiled: bool) -> Profile:
+            fresh = meta_leaves(example)
+            args, kwargs = pytree.tree_unflatten(fresh, spec)
+            gradient = [x for x in [*fresh, *module.parameters()] if isinstance(x, torch.Tensor)]
+            before, inside = [t.dtype for t in weights], self.inside
+            set_dtypes(weights, now)
+            self.inside = True
+            try:
+                with blocks.installed(module, level), tiling(module, tiled), torch.set_grad_enabled(graded):
+                    return profile(
+                        lambda: fn(*args, **kwargs), gradient, lambda out: templates.append(template(out))
+                    )
+            finally:
+                self.inside = inside
+                set_dtypes(weights, before)
+
+        first = measure("whole", False)
+        kind = Kind(
+            name, role, rows(example, templates[0]), converted, measure, hasattr(module, "use_tiling")
+        )
+        kind.known["whole", False] = first
+        return kind, templates[0]
+
+    def _moment(self, call: int) -> Moment:
+        self.count.settle()
+        moment = Moment(call, self.count.peak, self.count.live)
+        self.count.reset_peak()
+        return moment
+
+    def _components(self) -> tuple[Component, ...]:
+        """Every part with weights, the safety checker too, which is not on stage."""
+        found = []
+        for name, value in vars(self.pipe).items():
+            module = getattr(value, "_orig_mod", value)
+            if isinstance(module, nn.Module):
+                trained = sum(self.trained.get(id(p), 0) for p in module.parameters())
+                found.append(Component(name, weight_bytes(module), trained))
+        return tuple(found)
+
+    def _own(self) -> tuple[int, ...]:
+        """Per call that a backward pass comes to, bytes of arguments that no other call has too."""
+        reached = {moment.call for moment in self.backward}
+        users: dict[int, int] = {}
+        for storages in self.owned:
+            for key in storages:
+                users[key] = users.get(key, 0) + 1
+        return tuple(
+            sum(n for key, n in storages.items() if users[key] == 1) if i in reached else 0
+            for i, storages in enumerate(self.owned)
+        )
+
+
+def _on_the_cpu(cls: Any, **more: Any) -> Any:
+    """A subclass by the same name that says its device is the CPU."""
+    return type(cls.__name__, (cls,), {"device": _HERE, "__module__": cls.__module__, **more})
+
+
+def _arguments(call: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Without what belongs to the user's own run: callbacks, and pictures made in PIL."""
+    parameters = inspect.signature(call).parameters
+    given = {k: stand_in_argument(v) for k, v in arguments.items() if not k.startswith("callback")}
+    if "output_type" in parameters and given.get("output_type") != "latent":
+        given["output_type"] = "pt"
+    return given
