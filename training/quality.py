@@ -39,7 +39,8 @@ def generate(pipe: Any, name: str, scenes: list[Scene], seed: int = 0, batch: in
 def score(pictures: Tensor, scenes: list[Scene]) -> dict[str, float]:
     """Fractions of pictures whose digits, digit colours and background are the named ones.
 
-    A two-digit picture counts as right only where both digits are; "all digits" is over both kinds. Colours are not asked of
+    A two-digit picture counts as right only where both digits are; "all digits" is over both kinds.
+    Colours are not asked of
     black-and-white pictures, backgrounds neither; digits only where the caption names them.
     """
     net = load_classifier()
