@@ -17,7 +17,7 @@ PACKAGE = Path(backdrift.__file__).parent
 # import each other. A dotted name is a part of a room that stands higher than the room itself.
 FLOORS: list[set[str]] = [
     {"_version", "errors", "nests", "stats", "suggest"},
-    {"ambient", "budget", "curves", "files", "predictions", "weights"},
+    {"ambient", "budget", "curves", "files", "predictions", "scalars", "weights"},
     {"schedules", "pictures"},
     {"conditioning"},
     {"grids", "denoiser", "noises"},

@@ -17,6 +17,7 @@ import torch
 
 from . import nests
 from .errors import InputError
+from .scalars import Scalar, value
 
 
 class PerStep:
@@ -72,7 +73,7 @@ class Branch:
     paired: bool
     moving: bool = False
 
-    def at(self, t: float, batch: int) -> Any:
+    def at(self, t: Scalar, batch: int) -> Any:
         """The network's conditioning at time ``t`` for a state of ``batch`` rows.
 
         Raises:
@@ -85,7 +86,8 @@ class Branch:
         fits, both = nests.concatenate(_at(self.cond[0], t), _at(self.cond[1], t), batch)
         if not fits:
             raise InputError(
-                f"cond and uncond could share a batch when the run began, but not at t = {t:g}: their shapes change"
+                f"cond and uncond could share a batch when the run began, but not at t = {value(t):g}: their "
+                "shapes change"
             )
         return both
 
@@ -165,5 +167,5 @@ def together(uncond: Any, cond: Any, batch: int, t: float) -> Branch | None:
     return Branch((uncond, cond), True, True) if moving else Branch(both, True)
 
 
-def _at(cond: Any, t: float) -> Any:
+def _at(cond: Any, t: Scalar) -> Any:
     return cond(t) if moves(cond) else cond

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .conditioning import Branch, Conditions, PerStep, alone, together
 from .errors import InputError
 from .predictions import check_prediction, conversion
+from .scalars import Scalar, plain
 from .schedules import Schedule
 
 Network = Callable[[Tensor, Tensor, Any], Any]
@@ -111,12 +112,12 @@ class Denoiser:
         both = together(uncond, cond, batch, self.schedule.start)
         return (both,) if both is not None else (alone(uncond), alone(cond))
 
-    def run(self, x: Tensor, t: float, branch: Branch) -> Tensor:
+    def run(self, x: Tensor, t: Scalar, branch: Branch) -> Tensor:
         """One network call, with guidance inside where the branch is paired; a pure function of its tensors.
 
         Args:
             x: state (B, …).
-            t: the schedule's time, a Python float.
+            t: the schedule's time, a Python float; a tensor () where a gradient by it is wanted.
             branch: the call's conditioning, and whether it holds (uncond, cond) as one batch of 2B.
 
         Returns:
@@ -124,7 +125,11 @@ class Denoiser:
         """
         times_dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
         paired, rows = branch.paired, len(x) * (2 if branch.paired else 1)
-        times = torch.full((rows,), t * self.time_scale, dtype=times_dtype, device=x.device)
+        if isinstance(t, Tensor):
+            t = plain(t)
+            times = (t * self.time_scale).to(x.device, times_dtype).repeat(rows)
+        else:
+            times = torch.full((rows,), t * self.time_scale, dtype=times_dtype, device=x.device)
         if self.round_timesteps:
             times = times.round()
         inputs = x.to(self._network_dtype(x))
@@ -185,7 +190,7 @@ class Denoiser:
                 f"a solver asked the network at t = {t:g}, the clean end, where {self.schedule!r} has no trained "
                 "time: end the grid at t = 0, or use a solver that does not evaluate the last node"
             )
-        return float(t)
+        return t if isinstance(t, Tensor) else float(t)
 
     def _read(self, target: str, x: Tensor, t: float, cond: Any) -> Tensor:
         alpha, sigma = float(self.schedule.alpha(t)), float(self.schedule.sigma(t))

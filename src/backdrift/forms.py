@@ -23,6 +23,7 @@ from torch import Tensor
 from .errors import InputError
 from .noises import Draw
 from .predictions import conversion
+from .scalars import add_scaled, finite, number, rescaled
 from .schedules import Flow, Schedule
 
 Call = Callable[[Tensor, float], Tensor]
@@ -74,6 +75,8 @@ class Form:
 
     def scales(self, t: float) -> tuple[float, float]:
         """alpha and sigma at ``t``. Each node is asked for several times, hence remembered."""
+        if isinstance(t, Tensor):
+            return self.schedule.alpha(t), self.schedule.sigma(t)
         if t not in self._scales:
             self._scales[t] = (float(self.schedule.alpha(t)), float(self.schedule.sigma(t)))
         return self._scales[t]
@@ -91,8 +94,8 @@ class Form:
         if self.name == "original":
             return Node(s, s)
         if self.name == "exponential":
-            return Node(float(self.schedule.t_from_rho(s)), s)
-        return Node(float(self.schedule.t_from_rho(math.inf if s == 0 else 1 / s)), s)
+            return Node(number(self.schedule.t_from_rho(s), s), s)
+        return Node(number(self.schedule.t_from_rho(math.inf if s == 0 else 1 / s), s), s)
 
     def scale(self, t: float) -> float:
         """x = scale * Y."""
@@ -129,9 +132,7 @@ class Form:
             raise InputError(f"this {self.name} form has no model to evaluate: give it call=")
         on_x, on_output = coefficients
         out = self.call(x, t)
-        if on_output != 1:
-            out = on_output * out
-        return out if on_x == 0 else out.add(x, alpha=on_x)
+        return add_scaled(rescaled(out, on_output), [(on_x, x)])
 
     def coefficients(self, t: float) -> tuple[float, float]:
         """The numbers (on_x, on_output) of the drift at ``t``."""
@@ -141,8 +142,8 @@ class Form:
             return conversion(self.prediction, target, alpha, sigma, t)
         if isinstance(self.schedule, Flow):
             return conversion(self.prediction, "flow_prediction", alpha, sigma, t)
-        da, ds = float(self.schedule.dalpha(t)), float(self.schedule.dsigma(t))
-        if not (math.isfinite(da) and math.isfinite(ds)):
+        da, ds = number(self.schedule.dalpha(t), t), number(self.schedule.dsigma(t), t)
+        if not (finite(da) and finite(ds)):
             raise InputError(
                 f"the original form is infinite at t = {t:g} on {self.schedule!r} (sigma' = {ds:g}): end the grid "
                 "before it, or use form='exponential'"

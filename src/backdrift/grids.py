@@ -18,14 +18,15 @@ class TimeGrid:
     """A rule for the nodes, or the nodes themselves.
 
     Args:
-        rule: how the nodes are spaced, or falling times:
+        rule: how the nodes are spaced, or falling times (a tensor that requires grad gets each node's own gradient):
             ``"uniform"`` equal steps in t;
             ``"logsnr"`` equal steps in lam = log(alpha/sigma) (DPM-Solver);
             ``"quadratic"`` equal steps in sqrt(t) (DDIM, DPM-Solver);
             ``"karras"`` equal steps in rho^(1/exponent), rho = sigma/alpha (EDM, Eq. 5).
         steps: number of intervals N >= 1 (nodes are N + 1). Not given with explicit times.
-        start: first, noisiest time; the schedule's ``start`` if None.
-        end: last, cleanest time; the schedule's ``end`` if None.
+        start: first, noisiest time; the schedule's ``start`` if None. A tensor that requires grad gets its gradient,
+            and the nodes between move with it by the rule.
+        end: last, cleanest time; the schedule's ``end`` if None. A tensor likewise.
         clean_end: let the last of the N intervals go from ``end`` to the schedule's ``t_clean`` (sigma = 0).
         exponent: of ``"karras"``.
 
@@ -38,8 +39,8 @@ class TimeGrid:
         rule: str | Sequence[float] | Tensor = "uniform",
         steps: int | None = None,
         *,
-        start: float | None = None,
-        end: float | None = None,
+        start: float | Tensor | None = None,
+        end: float | Tensor | None = None,
         clean_end: bool = False,
         exponent: float = 7.0,
     ) -> None:
@@ -55,7 +56,7 @@ class TimeGrid:
                 )
             self.rule, self.steps = rule, steps
         else:
-            self._times = torch.as_tensor(rule, dtype=torch.float64, device="cpu").detach().clone()
+            self._times = torch.as_tensor(rule, dtype=torch.float64, device="cpu").clone()
             self.rule, self.steps = "explicit", len(self._times) - 1 if self._times.ndim == 1 else 0
             if steps is not None or start is not None or end is not None or clean_end:
                 raise InputError("explicit times say everything: leave out steps, start, end and clean_end")
@@ -65,10 +66,14 @@ class TimeGrid:
                 )
         if not (exponent > 0 and math.isfinite(exponent)):
             raise InputError(f"exponent must be positive; got {exponent!r}")
+        for name, end_time in (("start", start), ("end", end)):
+            if isinstance(end_time, Tensor) and end_time.numel() != 1:
+                raise InputError(f"{name} is one time; got a tensor of shape {tuple(end_time.shape)}")
         self.start, self.end, self.clean_end, self.exponent = start, end, clean_end, float(exponent)
 
     def __repr__(self) -> str:
-        return f"TimeGrid({self.rule!r}, steps={self.steps}, start={self.start}, end={self.end})"
+        start, end = (t.item() if isinstance(t, Tensor) else t for t in (self.start, self.end))
+        return f"TimeGrid({self.rule!r}, steps={self.steps}, start={start}, end={end})"
 
     def nodes(self, schedule: Schedule) -> Tensor:
         """The N + 1 falling times, float64, checked against the schedule's range; the ends are met exactly.
@@ -80,9 +85,9 @@ class TimeGrid:
         if self._times is not None:
             times = schedule.times(self._times)
         else:
-            start = schedule.start if self.start is None else float(self.start)
-            end = schedule.end if self.end is None else float(self.end)
-            times = self._spaced(schedule, start, end, self.steps - self.clean_end)
+            start = schedule.start if self.start is None else self.start
+            end = schedule.end if self.end is None else self.end
+            times = self._spaced(schedule, _time(start), _time(end), self.steps - self.clean_end)
             if self.clean_end:
                 times = torch.cat([times, times.new_tensor([schedule.t_clean])])
         if not bool((times[1:] < times[:-1]).all()):
@@ -91,37 +96,36 @@ class TimeGrid:
             )
         return times
 
-    def _spaced(self, schedule: Schedule, start: float, end: float, intervals: int) -> Tensor:
-        schedule.times([start, end])
-        w = torch.linspace(0, 1, intervals + 1, dtype=torch.float64)
+    def _spaced(self, schedule: Schedule, start: Tensor, end: Tensor, intervals: int) -> Tensor:
+        schedule.times(torch.stack([start, end]))
+        w = torch.linspace(0, 1, intervals + 1, dtype=torch.float64)[1:-1]
         if self.rule == "uniform":
-            times = start + w * (end - start)
+            middle = start + w * (end - start)
         elif self.rule == "quadratic":
             if end < 0:
-                raise InputError(f"a quadratic grid needs times >= 0; got end = {end:g}")
-            times = (math.sqrt(start) + w * (math.sqrt(end) - math.sqrt(start))) ** 2
+                raise InputError(f"a quadratic grid needs times >= 0; got end = {end.item():g}")
+            middle = (start.sqrt() + w * (end.sqrt() - start.sqrt())) ** 2
         else:
-            times = self._spaced_in_noise(schedule, start, end, w)
-        times[0], times[-1] = start, end
-        return times
+            middle = self._spaced_in_noise(schedule, start, end, w)
+        return torch.cat([start[None], middle, end[None]])
 
-    def _spaced_in_noise(self, schedule: Schedule, start: float, end: float, w: Tensor) -> Tensor:
-        high, low = float(schedule.rho(start)), float(schedule.rho(end))
-        if not math.isfinite(high):
+    def _spaced_in_noise(self, schedule: Schedule, start: Tensor, end: Tensor, w: Tensor) -> Tensor:
+        high, low = schedule.rho(start), schedule.rho(end)
+        if not bool(high.isfinite()):
             raise InputError(
-                f"alpha is 0 at t = {start:g} on {schedule!r}, infinitely far away for a {self.rule!r} grid: "
-                f"give a start below {start:g}, or use 'uniform' or 'quadratic'"
+                f"alpha is 0 at t = {start.item():g} on {schedule!r}, infinitely far away for a {self.rule!r} grid: "
+                f"give a start below {start.item():g}, or use 'uniform' or 'quadratic'"
             )
         if self.rule == "logsnr":
             if low == 0:
                 raise InputError(
-                    f"sigma is 0 at t = {end:g} on {schedule!r}, infinitely far away for a 'logsnr' grid: "
+                    f"sigma is 0 at t = {end.item():g} on {schedule!r}, infinitely far away for a 'logsnr' grid: "
                     "give an end above it (clean_end=True adds the last step to sigma = 0)"
                 )
-            lam = -math.log(high) + w * (math.log(high) - math.log(low))
-            inner = lam[1:-1]
-            middle = schedule.t_from_lam(inner)
-        else:
-            root = 1 / self.exponent
-            middle = schedule.t_from_rho((high**root + w[1:-1] * (low**root - high**root)) ** self.exponent)
-        return torch.cat([w.new_tensor([start]), middle, w.new_tensor([end])])
+            return schedule.t_from_lam(-high.log() + w * (high.log() - low.log()))
+        root = 1 / self.exponent
+        return schedule.t_from_rho((high**root + w * (low**root - high**root)) ** self.exponent)
+
+
+def _time(t: float | Tensor) -> Tensor:
+    return torch.as_tensor(t, dtype=torch.float64, device="cpu").reshape(())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from .errors import InputError
 from .forms import FORMS, Call, Form
 from .noises import Draw, Noise
+from .scalars import graphed
 from .schedules import Schedule
 from .solvers import AdaptiveDormandPrince, Leg, Pair, ReversibleSolver, Solver, StochasticSolver
 from .solvers.coupled import linked
@@ -37,6 +39,7 @@ class Plan:
         schedule, prediction: the model's.
         times: falling nodes.
         noise: what a stochastic solver adds.
+        graph: the same times as a float64 tensor with a graph, where a gradient by them is wanted.
 
     Attributes:
         solver: the method, fitted to the number of steps.
@@ -56,7 +59,9 @@ class Plan:
         prediction: str,
         times: Sequence[float],
         noise: Noise | None = None,
+        graph: Tensor | None = None,
     ) -> None:
+        self.graph = graph
         self.form, self.schedule, self.prediction, self.times = form, schedule, prediction, list(times)
         own = Form(form, schedule, prediction)
         solver.check_form(form)
@@ -94,11 +99,24 @@ class Plan:
         draw = None if self.noise is None else self.noise.path(self.schedule, self.times, x)
         forms = self.forms(call, draw)
         run, aside = self.solver.begin(), self.solver.aside.begin()
-        for interval in self.intervals:
+        for index, interval in enumerate(self.intervals):
             form = forms[interval.form]
             stepper = aside if interval.aside else run
-            x = stepper.step(form, x, form.node(interval.start), form.node(interval.end))
+            start, end = self.ends(index)
+            x = stepper.step(form, x, form.node(start), form.node(end))
             yield x
+
+    def ends(self, index: int) -> tuple[Any, Any]:
+        """The times at which interval ``index`` starts and ends: floats, or numbers with a graph."""
+        if self.graph is None:
+            return self.times[index], self.times[index + 1]
+        return graphed(self.graph[index]), graphed(self.graph[index + 1])
+
+    def floating(self) -> Plan:
+        """The plan without its times' graph."""
+        plan = copy.copy(self)
+        plan.graph = None
+        return plan
 
     def settled(self, x: Tensor, call: Call) -> tuple[Plan, list[Tensor]]:
         """An adaptive solver's plan on the steps it accepts, and the states at their nodes after the first.
@@ -111,7 +129,9 @@ class Plan:
         """
         solver, forms = self.solver, self.forms(call)
         if not isinstance(solver, AdaptiveDormandPrince):
-            raise InputError(f"{solver!r} steps on the grid's nodes; only an adaptive solver looks for others")
+            raise InputError(
+                f"{solver!r} steps on the grid's nodes; only an adaptive solver looks for others"
+            )
         fixed, times, states, last = solver.fixed, self.times[:1], [x], None
         with torch.no_grad():
             for interval in self.intervals:
@@ -122,7 +142,11 @@ class Plan:
                 else:
                     found, ys, last = solver.accepted(form, states[-1], a, b, last)
                 times, states = times + found, states + ys
-        return Plan(fixed, self.form, self.schedule, self.prediction, times), states[1:]
+        graph = None
+        if self.graph is not None:  # the nodes given move, the accepted ones between them do not
+            given = dict(zip(self.times, self.graph, strict=True))
+            graph = torch.stack([given[t] if t in given else self.graph.new_tensor(t) for t in times])
+        return Plan(fixed, self.form, self.schedule, self.prediction, times, graph=graph), states[1:]
 
     def forms(self, call: Call | None = None, draw: Draw | None = None) -> dict[str, Form]:
         """The forms on the run's model and noise, by name."""
@@ -162,7 +186,8 @@ class Plan:
         for index, interval in enumerate(self.intervals):
             form = forms[interval.form]
             used = solver.aside if interval.aside else solver
-            legs.append(used.leg(index, form.name, form.node(interval.start), form.node(interval.end)))
+            start, end = self.ends(index)
+            legs.append(used.leg(index, form.name, form.node(start), form.node(end)))
         return linked([leg.inverse() for leg in reversed(legs)] if self.back else legs)
 
     def pairs(self, pair: Pair, call: Call, enter: Callable[[int], None] | None = None) -> Iterator[Pair]:

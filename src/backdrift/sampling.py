@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .conditioning import check_steps
 from .denoiser import Denoiser
-from .errors import InputError, NonFiniteError
+from .errors import InputError, NonFiniteError, UnsupportedError
 from .gradients import Exact, GradientMethod, Job
 from .grids import TimeGrid
 from .integrate import Plan
@@ -29,7 +30,8 @@ class Solution:
 
     Attributes:
         x0: state at the last time, (B, …). At sigma = 0 it is the sample; elsewhere the state there.
-        times: the grid's nodes (N + 1,), float64, falling.
+        times: the grid's nodes (N + 1,), float64, falling; with their graph, where the grid was given by tensors that
+            require grad.
         trajectory: the states at all nodes, ``x_T`` first and ``x0`` last, or None if not asked for. Each lies on the
             path to ``x0``, so ``torch.autograd.grad(loss(x0), trajectory[i])`` is the gradient from that
             latent on; a multistep solver's earlier evaluations count as given there.
@@ -72,10 +74,13 @@ def sample(
             variance-preserving schedules and flows, ``sigma(T) * noise`` for EDM. A half-precision ``x_T`` is raised to
             float32; whatever the network's dtype, the state keeps its own. With a reversible solver also a
             :class:`~backdrift.Pair`, such as :func:`~backdrift.encode` returns; a tensor stands for it twice.
-        cond: the network's conditioning, any nest of tensors.
+        cond: the network's conditioning, any nest of tensors; or one for each step
+            (:class:`~backdrift.conditioning.PerStep`), or a function ``cond(t)``.
         solver: :class:`~backdrift.solvers.Euler` (DDIM) if None.
         grid: a :class:`TimeGrid`, or falling times; if None 20 uniform steps, and a single interval for an adaptive
-            solver, which keeps the nodes given and puts more between them.
+            solver, which keeps the nodes given and puts more between them. Times that require grad (the grid's
+            ``start`` and ``end``, or the times themselves) get gradients: those between the ends move by the grid's
+            rule, or each has its own (docs/gradient-methods.md).
         form: ``"original"``, ``"exponential"`` or ``"data"``; if None, the solver's own, else ``"original"`` for
             rectified flow (dx/dt = u) and ``"exponential"`` otherwise. Beside an end where the form is singular
             one step is taken on a form that is regular there.
@@ -100,17 +105,20 @@ def sample(
     solver, gradient = solver or Euler(), gradient or Exact()
     check_arguments(model, solver, gradient)
     plan = plan_for(model, solver, grid, form, _noise(noise, seed))
+    _check_asked(gradient, plan)
     state = state_for(plan, x_T, gradient, "x_T")
     pair, x = (state, state.first) if isinstance(state, Pair) else (None, state)
 
     stats, start, before = RunStats(), time.perf_counter(), model.nfe
     job, found = _settled(Job(plan, model, x, cond, stats, trajectory, check_finite, pair))
+    check_steps((cond, model.uncond), len(job.plan.intervals))
     states = gradient.run(job) if found is None or torch.is_grad_enabled() else found
     path = [state]
     for state in finite(states, job.plan.times) if check_finite else states:
         path[0 if not trajectory else len(path) :] = [state]
     stats.seconds_forward += time.perf_counter() - start
-    times = torch.tensor(job.plan.times, dtype=torch.float64)
+    graph = job.plan.graph
+    times = torch.tensor(job.plan.times, dtype=torch.float64) if graph is None else graph
     return _solution(path, times, trajectory, model.nfe - before, stats)
 
 
@@ -153,6 +161,19 @@ def check_arguments(model: Denoiser, solver: Solver, gradient: GradientMethod) -
             raise InputError(f"{name} must be a {kind.__name__}{hint}; got {value!r}")
 
 
+def _check_asked(gradient: GradientMethod, plan: Plan) -> None:
+    if plan.graph is not None and not gradient.by_times:
+        raise UnsupportedError(
+            f"{gradient!r} gives no gradient by the grid's times, which require grad: detach them, or use Plain(), "
+            "Exact(), SymplecticAdjoint(), ContinuousAdjoint() or AdjointDEIS()"
+        )
+    if torch._C._are_functorch_transforms_active() and not gradient.transforms:
+        raise UnsupportedError(
+            f"{gradient!r} does not work inside torch.func transforms (grad, vjp, jacrev, vmap, …): use "
+            "torch.autograd, or gradient=Plain()"
+        )
+
+
 def plan_for(
     model: Denoiser, solver: Solver, grid: Grid, form: str | None, noise: Noise | None = None
 ) -> Plan:
@@ -166,8 +187,9 @@ def plan_for(
         grid = TimeGrid("uniform", steps) if grid is None else TimeGrid(grid)
     if form is None:
         form = solver.default_form or ("original" if isinstance(model.schedule, Flow) else "exponential")
-    times = grid.nodes(model.schedule).tolist()
-    return Plan(solver, form, model.schedule, model.prediction, times, noise)
+    nodes = grid.nodes(model.schedule)
+    graph = nodes if nodes.requires_grad and torch.is_grad_enabled() else None
+    return Plan(solver, form, model.schedule, model.prediction, nodes.tolist(), noise, graph)
 
 
 def state_for(plan: Plan, start: Tensor | Pair, gradient: GradientMethod, name: str) -> State:

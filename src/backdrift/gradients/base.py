@@ -72,9 +72,13 @@ class GradientMethod:
 
     Attributes:
         takes_pairs: whether the method can start from a reversible solver's pair of two different states.
+        by_times: whether it gives the gradient by the grid's times (``plan.graph``).
+        transforms: whether it works inside ``torch.func`` transforms.
     """
 
     takes_pairs: bool = False
+    by_times: bool = False
+    transforms: bool = False
 
     def begin(self, model: Denoiser, x: Tensor, cond: Any, evaluations: int, stats: RunStats) -> Evaluator:
         """The evaluation ``call(x, t)`` to use throughout one run of the plan's own time loop.

@@ -14,6 +14,7 @@ from .. import nests
 from ..conditioning import Branch, moves
 from ..denoiser import Denoiser
 from ..errors import MissingGradientError, StateChangedError
+from ..scalars import Scalar
 from ..weights import Weights
 from .reach import describe, modules_of, reach
 from .replay import Trace
@@ -46,14 +47,15 @@ class NetworkContext:
             self.weights = Weights(self.modules)
         return self.weights
 
-    def trace(self, x: Tensor, branch: Branch, t: float) -> Trace:
-        """The network call with a graph of its own: leaves in place of x and of the conditioning."""
+    def trace(self, x: Tensor, branch: Branch, t: Scalar) -> Trace:
+        """The network call with a graph of its own: leaves in place of x, the conditioning, and a tensor ``t``."""
         stand_ins = {id(c): c.detach().requires_grad_() for c in self.trained_conds}
         with torch.enable_grad():
             leaf = x.detach().requires_grad_(x.requires_grad)
             cond = nests.transform(lambda c: stand_ins.get(id(c), c), branch.cond)
-            out = self.model.run(leaf, t, replace(branch, cond=cond))
-        return Trace(out, leaf, [*stand_ins.values(), *self.leaves])
+            time = t.detach().requires_grad_() if isinstance(t, Tensor) else None
+            out = self.model.run(leaf, t if time is None else time, replace(branch, cond=cond))
+        return Trace(out, leaf, [*stand_ins.values(), *self.leaves], time)
 
     def adopt(self, trace: Trace, floor: int) -> None:
         """See to it that nothing the first call reaches is left without a gradient.
@@ -73,7 +75,7 @@ class NetworkContext:
                 f"the network uses {describe(self.holders, outside[0])} which would get no gradient: hand it in "
                 "through cond, detach it, or use gradient=Plain()"
             )
-        known = {id(trace.x), *map(id, trace.leaves)}
+        known = {id(trace.x), id(trace.t), *map(id, trace.leaves)}
         fresh = [leaf for leaf in found if id(leaf) not in known]
         self.leaves += fresh
         trace.leaves += fresh
@@ -83,7 +85,7 @@ class NetworkContext:
         """Raise if a redone call uses a tensor that requires grad and that the first call did not use."""
         here = floor if threading.get_ident() == self.thread else None
         found, outside = reach(trace.out, here)
-        known = {id(trace.x), *map(id, trace.leaves)}
+        known = {id(trace.x), id(trace.t), *map(id, trace.leaves)}
         missed: list[Tensor | Node] = [*outside, *(leaf for leaf in found if id(leaf) not in known)]
         if missed:
             raise MissingGradientError(

@@ -45,7 +45,7 @@ class Exact(GradientMethod):
     changed. Second derivatives are refused (:class:`~backdrift.errors.UnsupportedError`).
     """
 
-    takes_pairs = True
+    takes_pairs = by_times = True
 
     def __init__(self, memory: MemoryPlan | str | int = "auto") -> None:
         self.plan = MemoryPlan.parse(memory)
@@ -117,14 +117,21 @@ class _Run(Evaluator):
             return self.model.run(x, t, branch)
         ambient = self._surroundings(x, branch)
         chain, traced = (self.chain, None) if self.chain is not None else self._open(x, t, branch)
-        if not x.requires_grad and self.token is None:
+        if not x.requires_grad and self.token is None and not isinstance(t, Tensor):
             return self._without_graph(x, t, branch, traced)
-        call = _NetworkCall(self.context, branch, t, ambient, index >= self.total - self.keep)
+        time = t if isinstance(t, Tensor) else None
+        call = _NetworkCall(
+            self.context,
+            branch,
+            t if time is None else time.detach(),
+            ambient,
+            index >= self.total - self.keep,
+        )
         call.kept = traced
         self.stats.calls_kept += call.keep
         if self.token is None:
-            return Replay.apply(chain, call, x, None)
-        out, self.token = Replay.apply(chain, call, x, self.token)
+            return Replay.apply(chain, call, x, None, time)
+        out, self.token = Replay.apply(chain, call, x, self.token, time)
         return out
 
     def _without_graph(self, x: Tensor, t: float, branch: Branch, traced: Trace | None) -> Tensor:

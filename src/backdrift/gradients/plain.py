@@ -15,7 +15,7 @@ class Plain(GradientMethod):
     """Ordinary backpropagation through the run. Memory grows with every call; second derivatives work, and
     nothing is checked beyond what PyTorch checks. The yardstick for every other method."""
 
-    takes_pairs = True
+    takes_pairs = by_times = transforms = True
 
     def __repr__(self) -> str:
         return "Plain()"

@@ -30,11 +30,13 @@ Sums = list[Tensor | None]
 
 @dataclass
 class Trace:
-    """A network call with its graph: ``out``, computed from the leaf ``x`` and the shared tensors' ``leaves``."""
+    """A network call with its graph: ``out``, computed from the leaf ``x``, the shared tensors' ``leaves``, and the
+    leaf ``t`` where a gradient by the time is wanted."""
 
     out: Tensor
     x: Tensor
     leaves: list[Tensor]
+    t: Tensor | None = None
 
 
 class NetworkCall(Protocol):
@@ -136,10 +138,15 @@ class _Pour(torch.autograd.Function):
 
 
 class Replay(torch.autograd.Function):
-    """``Replay.apply(chain, call, x, token)`` -> (output, next token). With no token there is only the output."""
+    """``Replay.apply(chain, call, x, token, t)`` -> (output, next token). With no token there is only the output.
+
+    ``t`` is the call's time where it carries a graph, else None.
+    """
 
     @staticmethod
-    def forward(ctx: Any, chain: Chain, call: NetworkCall, x: Tensor, token: Tensor | None) -> Any:
+    def forward(
+        ctx: Any, chain: Chain, call: NetworkCall, x: Tensor, token: Tensor | None, t: Tensor | None
+    ) -> Any:
         ctx.chain, ctx.call = chain, call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x)
@@ -162,10 +169,12 @@ class Replay(torch.autograd.Function):
         if on_out is None:
             if sums is not None:
                 chain.put(task, sums)
-            return None, None, None, None
-        on_x, sums = _differentiate(chain, ctx.call, x, on_out, wanted, sums, ctx.needs_input_grad[2])
+            return None, None, None, None, None
+        on_x, on_t, sums = _differentiate(
+            chain, ctx.call, x, on_out, wanted, sums, ctx.needs_input_grad[2], ctx.needs_input_grad[4]
+        )
         chain.put(task, sums)
-        return None, None, on_x, None
+        return None, None, on_x, None, on_t
 
 
 def _differentiate(
@@ -176,10 +185,11 @@ def _differentiate(
     wanted: list[int],
     sums: Sums | None,
     need_x: bool,
-) -> tuple[Tensor | None, Sums]:
-    """The vector–Jacobian product of one call, added to the running sums."""
-    if not need_x and not wanted:
-        return None, []
+    need_t: bool,
+) -> tuple[Tensor | None, Tensor | None, Sums]:
+    """The vector–Jacobian product of one call by x and t; that by the shared tensors is added to the running sums."""
+    if not need_x and not wanted and not need_t:
+        return None, None, []
     call.check()
     trace, call.kept = call.kept, None
     if trace is None:
@@ -188,21 +198,23 @@ def _differentiate(
         chain.stats.calls_redone += 1
         chain.stats.seconds_redone += time.perf_counter() - start
     if not trace.out.requires_grad:
-        return None, sums if sums is not None else [None] * len(wanted)
+        return None, None, sums if sums is not None else [None] * len(wanted)
     leaves = [trace.leaves[i] for i in wanted]
     outputs, grads = [trace.out], [on_out]
     if sums is not None and leaves:
         with torch.enable_grad():
             outputs.append(_Pour.apply(sums, *leaves))
         grads.append(torch.zeros_like(outputs[1]))
-    inputs = [trace.x, *leaves] if need_x else leaves
+    own = ([trace.x] if need_x else []) + ([trace.t] if need_t and trace.t is not None else [])
+    inputs = [*own, *leaves]
     chain.stats.vjps += 1
     with _without_hooks(leaves):
         # A gradient that is a view (a linear layer's is a transpose) shares its storage with its base and would
         # not be added to in place; ``.data`` is the same memory without the base.
         found = torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
         result: Sums = [g.data if g is not None and g._base is not None else g for g in found]
-    return (result[0], result[1:]) if need_x else (None, result)
+    rest = result[len(own) :]
+    return (result[0] if need_x else None), (result[len(own) - 1] if need_t else None), rest
 
 
 @contextmanager

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 
 from torch import Tensor
 
 from ..errors import InputError
 from ..forms import FORMS, Form, Node
+from ..scalars import add_scaled as add_scaled
+from ..scalars import rescaled as rescaled
 
 
 class Stepper(ABC):
@@ -70,16 +71,3 @@ class Solver(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
-
-
-def add_scaled(y: Tensor, terms: Sequence[tuple[float, Tensor]]) -> Tensor:
-    """y + Σ c k; the numbers c are float64 and are applied in y's dtype."""
-    for c, k in terms:
-        if c != 0:
-            y = y.add(k, alpha=c)
-    return y
-
-
-def rescaled(x: Tensor, factor: float) -> Tensor:
-    """factor * x, without a pass over memory where the factor is 1."""
-    return x if factor == 1 else x * factor

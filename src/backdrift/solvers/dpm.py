@@ -15,6 +15,7 @@ import math
 from torch import Tensor
 
 from ..forms import Form, Node
+from ..scalars import finite, log
 from .base import Solver, Stepper, add_scaled, rescaled
 from .runge_kutta import Euler
 
@@ -44,12 +45,12 @@ class _MultistepRun(Stepper):
 
     def step(self, form: Form, x: Tensor, a: Node, b: Node) -> Tensor:
         sample = form.drift(x, a.t)
-        lam = math.log(a.s) if a.s > 0 else -math.inf
+        lam = log(a.s) if a.s > 0 else -math.inf
         weights = [(1.0, sample)]
         # From omega = 0 (no signal at all) the previous step is infinitely long in lam, and r = inf.
-        if self.before is not None and math.isfinite(self.before[0]):
+        if self.before is not None and finite(self.before[0]):
             past_lam, past = self.before
-            slope = (math.log(b.s) - lam) / (lam - past_lam) / 2
+            slope = (log(b.s) - lam) / (lam - past_lam) / 2
             weights = [(1 + slope, sample), (-slope, past)]
         self.before = (lam, sample)
         h = b.s - a.s

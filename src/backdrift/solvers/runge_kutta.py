@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..forms import Form, Node
+from ..scalars import value
 from .base import Solver, Stepper, add_scaled, rescaled
 
 
@@ -52,10 +53,10 @@ class Tableau:
             raise InputError(
                 "an explicit tableau has stages × stages entries below its diagonal, and b, c of that length"
             )
-        if not math.isclose(sum(self.b), 1.0, abs_tol=1e-12):
+        if not math.isclose(value(sum(self.b)), 1.0, abs_tol=1e-12):
             raise InputError(f"the weights b of a consistent method sum to 1; got {sum(self.b)!r}")
         rows = zip(self.a, self.c, strict=True)
-        if not all(math.isclose(sum(row), c, abs_tol=1e-12) for row, c in rows):
+        if not all(math.isclose(value(sum(row)), value(c), abs_tol=1e-12) for row, c in rows):
             raise InputError("each c must be the sum of its row of a")
 
 

@@ -18,10 +18,9 @@ and the first stages are Euler steps. That is an explicit Runge–Kutta step who
 
 from __future__ import annotations
 
-import math
-
 from ..errors import InputError
 from ..forms import Node
+from ..scalars import expm1, log
 from .base import Solver
 from .runge_kutta import Euler, RungeKutta, Tableau
 
@@ -67,7 +66,7 @@ class DPMSolver(RungeKutta):
                 f"{self!r} steps in log(alpha/sigma), which is infinite at t = {a.t if a.s == 0 else b.t:g}; "
                 "Euler() takes such a step"
             )
-        length = math.log(b.s / a.s)
+        length = log(b.s / a.s)
         if self.order == 2:
             c = _reached(1 / 2, length)
             return Tableau(((), (c,)), (0.0, 1.0), (0.0, c))
@@ -78,11 +77,11 @@ class DPMSolver(RungeKutta):
 
 def _reached(r: float, length: float) -> float:
     """The part of a step in s that is done when the part ``r`` of it is done in log s."""
-    return math.expm1(r * length) / math.expm1(length)
+    return expm1(r * length) / expm1(length)
 
 
 def _mean(z: float) -> float:
     """m(z) of the module's text."""
     if abs(z) < 1e-2:  # the two terms cancel
         return 1 / 2 + z / 12 - z**3 / 720
-    return -1 / math.expm1(-z) - 1 / z
+    return -1 / expm1(-z) - 1 / z
