@@ -1,6 +1,7 @@
 """The state outside a network that decides what its call computes: captured before it, put back for a redo.
 
-Autocast, random numbers, attention backends, TF32, cuDNN and determinism flags, the default dtype.
+Autocast, random numbers, attention backends, TF32, cuDNN and determinism flags, the default dtype, the modes that
+act on PyTorch's functions (``with torch.device(...)`` and ``torch.set_default_device`` are such).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 
 def _switches() -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
@@ -47,9 +49,15 @@ class Ambient:
         self._switches = [read() for read, _ in _SWITCHES]
         self._autocast = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types]
         self._autocast_cache = torch.is_autocast_cache_enabled()
+        self._modes = _get_current_function_mode_stack()
         self._accelerators = [d for d in devices if d.type in ("cuda", "xpu", "mps")]
         self._generators = [x for x in leaves if isinstance(x, torch.Generator)]
         self._random: list[torch.Tensor] | None = self._read_random()
+
+    @property
+    def autocast_dtypes(self) -> set[torch.dtype]:
+        """What autocast computes in, on the device types where it is on."""
+        return {dtype for _, enabled, dtype in self._autocast if enabled}
 
     def settle(self) -> None:
         """After the call: if it drew no random numbers, a redo need not touch the generators, which other
@@ -62,8 +70,22 @@ class Ambient:
     def same_as(self, other: Ambient) -> bool:
         """Whether two snapshots are equal, so that one can stand for both."""
         ours, theirs = self._random or [], other._random or []
-        mine = (self._switches, self._autocast, self._autocast_cache, self._accelerators, len(ours))
-        its = (other._switches, other._autocast, other._autocast_cache, other._accelerators, len(theirs))
+        mine = (
+            self._switches,
+            self._autocast,
+            self._autocast_cache,
+            self._modes,
+            self._accelerators,
+            len(ours),
+        )
+        its = (
+            other._switches,
+            other._autocast,
+            other._autocast_cache,
+            other._modes,
+            other._accelerators,
+            len(theirs),
+        )
         return mine == its and all(map(torch.equal, ours, theirs))
 
     def _read_random(self) -> list[torch.Tensor]:
@@ -93,11 +115,22 @@ class Ambient:
                 stack.enter_context(
                     torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=self._autocast_cache)
                 )
+            if (modes := _get_current_function_mode_stack()) != self._modes:
+                stack.callback(_exchange_modes, modes)
+                _exchange_modes(self._modes)
             yield
 
 
 def _index(device: torch.device) -> tuple[torch.device, ...]:
     return () if device.type == "mps" else (device,)
+
+
+def _exchange_modes(modes: Sequence[TorchFunctionMode]) -> None:
+    # A backward pass started under a mode runs without it: the mode is set aside while it handles the call.
+    for _ in _get_current_function_mode_stack():
+        _pop_mode()
+    for mode in modes:
+        _push_mode(mode)
 
 
 def _write_switches(now: Sequence[Any], then: Sequence[Any]) -> None:
