@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from backdrift.budget import available_bytes, format_size, parse_size
 from backdrift.errors import BackdriftError, BudgetError, StateChangedError
@@ -180,6 +181,29 @@ def test_process_wide_flags_are_put_back_for_the_redo() -> None:
     assert seen == [(False, "high")] * 3
     assert torch.backends.cuda.flash_sdp_enabled()
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+class Halving(TorchFunctionMode):
+    """Makes every tanh half as large."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return out / 2 if func is torch.Tensor.tanh else out
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_function_modes_are_entered_again(inside: bool) -> None:
+    found = []
+    for ledger in (None, Ledger("min")):
+        net, x, cond = problem()
+        with Halving():
+            loss = sample(net, x, cond, ledger).square().sum()
+            if inside:  # PyTorch sets the mode aside while it handles the call of grad
+                found.append(list(torch.autograd.grad(loss, [x, cond, net.up.weight])))
+        if not inside:
+            found.append(list(torch.autograd.grad(loss, [x, cond, net.up.weight])))
+    assert equal(*found)
+    assert not equal(found[0], gradients(None)[0][:3])  # the mode does something
 
 
 def test_modes_are_put_back_for_the_redo() -> None:

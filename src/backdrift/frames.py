@@ -72,20 +72,20 @@ class Frame:
 
     def pack(self, tensor: torch.Tensor) -> _Ticket:
         """Replace a tensor that autograd saves (the first hook)."""
-        ticket = _Ticket()
-        ticket.frame, ticket.index = self, len(self.tickets)
+        ticket, tickets = _Ticket(), self.tickets
+        ticket.frame, ticket.index = self, len(tickets)
         ticket.version = tensor._version
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._permanent:
             # Weights and arguments are alive anyway: nothing to drop, count or make again.
-            ticket.tensor = tensor.detach()
-            self.tickets.append(None)
+            ticket.tensor = tensor if tensor.is_leaf else tensor.detach()
+            tickets.append(None)
             return ticket
         ticket.shape = tensor.shape
         # Detached: a saved output would otherwise hold its own graph, a cycle only the collector frees.
         ticket.tensor = None if self.dropped else tensor.detach()
-        self.tickets.append(weakref.ref(ticket))
+        tickets.append(weakref.ref(ticket))
         if key not in self._counted:
             self._counted.add(key)
             nbytes = storage.nbytes()

@@ -4,7 +4,8 @@
 the same bits on a CPU, at a fraction of the memory.
 
 *Against finite differences*: along a random direction d, in float64 and on a shorter run, the derivative
-``<dL/dx_T, d>`` must agree with a central difference of ``L(x_T + h d)``. This knows nothing of autograd.
+``<dL/dx_T, d>`` must agree with a central difference of ``L(x_T + h d)``. This knows nothing of autograd. Where a
+scheduler would round to float32 in between, it is kept from that: see :mod:`backdrift.recipes.unrounded`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ..pipelines.refusals import undecorated_call
 from ..pipelines.shadow import copied_scheduler
 from ..run import Run
 from ..stats import RunStats
+from .unrounded import Unrounded
 
 
 @dataclass
@@ -143,8 +145,7 @@ def against_differences(
 ) -> tuple[float, float]:
     """The slope along a random direction of unit length, in float64, and how far central differences are from it.
 
-    They are of fourth order in the step, so that it can be large: some schedulers compute in float32 whatever
-    they are given, and the smaller the step, the more their rounding shows.
+    They are of fourth order in the step, so that it can be large compared with what is lost to rounding.
     """
     pipe, loss = copy.deepcopy(pipe).to(torch.float64), copy.deepcopy(loss).double()
     noise = noise.double()
@@ -158,12 +159,13 @@ def against_differences(
             images = pipe(prompt=prompt, latents=at, **_random(call), output_type="pt").images.detach()
         return loss(images, prompt).sum().item()
 
-    leaf = noise.clone().requires_grad_()
-    with differentiable(pipe, memory="min"):
-        images = pipe(prompt=prompt, latents=leaf, **_random(call), output_type="pt").images
-    (gradient,) = torch.autograd.grad(loss(images, prompt).sum(), leaf)
-    slope = (gradient * direction).sum().item()
-    near, far = (value(noise + h * direction) - value(noise - h * direction) for h in (step, 2 * step))
+    with Unrounded():
+        leaf = noise.clone().requires_grad_()
+        with differentiable(pipe, memory="min"):
+            images = pipe(prompt=prompt, latents=leaf, **_random(call), output_type="pt").images
+        (gradient,) = torch.autograd.grad(loss(images, prompt).sum(), leaf)
+        slope = (gradient * direction).sum().item()
+        near, far = (value(noise + h * direction) - value(noise - h * direction) for h in (step, 2 * step))
     measured = (8 * near - far) / (12 * step)
     return slope, abs(slope - measured) / abs(measured)
 
