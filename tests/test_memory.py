@@ -431,3 +431,26 @@ def test_a_call_that_does_not_repeat_itself_is_noticed(change: str) -> None:
     y = ledger.call(network, ledger.call(network, x))
     with pytest.raises(StateChangedError, match="did not repeat itself"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("memory", ["min", "max", 10**7])
+def test_a_call_that_edits_what_it_has_saved_is_noticed_also_when_it_is_redone(memory: Any) -> None:
+    x = torch.randn(8, requires_grad=True)
+
+    def spoiled(x: torch.Tensor) -> torch.Tensor:
+        scaled = 1 * x
+        y = scaled.sin()
+        with torch.no_grad():
+            scaled.mul_(2)
+        return y
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        spoiled(x).sum().backward()
+    ledger = Ledger(memory)
+    y = ledger.call(spoiled, ledger.call(spoiled, x))
+    with pytest.raises(RuntimeError, match=r"modified (in place|by an inplace)"):
+        y.sum().backward()
+    first = ledger.call(spoiled, x)  # dropped by the next call under "min"
+    ledger.call(spoiled, x)
+    with pytest.raises(RuntimeError, match=r"modified (in place|by an inplace)"):
+        first.sum().backward()

@@ -43,7 +43,7 @@ class Frame:
         serial: position among the ledger's calls.
         nbytes: bytes of the storages that autograd saved of this call (weights and arguments left out).
         dropped: the tensors are gone and will be made again.
-        remade: per backward pass (autograd's graph task), the tensors that a redo has made.
+        remade: per backward pass (autograd's graph task), the tensors that a redo has made, with their versions.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Frame:
         self.tickets: list[weakref.ref[_Ticket] | None] = []
         self.nbytes = 0
         self.dropped = False
-        self.remade: dict[int, list[torch.Tensor | None]] = {}
+        self.remade: dict[int, list[tuple[torch.Tensor, int] | None]] = {}
         self._permanent = weights.storages | {t.untyped_storage()._cdata for t in self.tensors}
         self._counted: set[int] = set()
         self._addresses: list[StorageWeakRef] = []
@@ -97,13 +97,13 @@ class Frame:
 
     def unpack(self, ticket: _Ticket) -> torch.Tensor:
         """Give the tensor back to autograd (the second hook), made again if it was dropped."""
-        tensor = ticket.tensor
+        tensor, version = ticket.tensor, ticket.version
         if tensor is None:
-            return self._from_redo(ticket)
-        if tensor._version != ticket.version:
+            tensor, version = self._from_redo(ticket)
+        if tensor._version != version:
             raise StateChangedError(
                 f"a tensor of shape {tuple(tensor.shape)} that the backward pass needs was modified in place "
-                f"(version {ticket.version}, now {tensor._version}): modify a clone instead"
+                f"(version {version}, now {tensor._version}): modify a clone instead"
             )
         return tensor
 
@@ -129,19 +129,19 @@ class Frame:
         tickets = [ref() for ref in self.tickets if ref is not None]
         return {t.tensor.untyped_storage()._cdata for t in tickets if t is not None and t.tensor is not None}
 
-    def _from_redo(self, ticket: _Ticket) -> torch.Tensor:
+    def _from_redo(self, ticket: _Ticket) -> tuple[torch.Tensor, int]:
         task = torch._C._current_graph_task_id()
         with self.ledger.lock:
             store = self.remade.get(task)
             if store is None or store[ticket.index] is None:
                 store = self._redo(task)
-            tensor = store[ticket.index]
+            made = store[ticket.index]
             store[ticket.index] = None  # each is asked for once: gone as soon as autograd is done with it
             if task == -1:  # asked for outside a backward pass: nobody will tidy up
                 self.remade.pop(task, None)
-        if tensor is None:
+        if made is None:
             raise self._differs(f"saved tensor {ticket.index} was not made")
-        return tensor
+        return made
 
     def _check(self) -> None:
         self.weights.check()
@@ -153,11 +153,11 @@ class Frame:
                     "forward and the backward pass, so the call cannot be redone: modify a clone instead"
                 )
 
-    def _redo(self, task: int) -> list[torch.Tensor | None]:
+    def _redo(self, task: int) -> list[tuple[torch.Tensor, int] | None]:
         self._check()
         self.ledger.before_redo(self, task)
         tickets = [ref() if ref is not None else None for ref in self.tickets]
-        store: list[torch.Tensor | None] = [None] * len(tickets)
+        store: list[tuple[torch.Tensor, int] | None] = [None] * len(tickets)
         position = 0
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -168,7 +168,7 @@ class Frame:
             if ticket is not None:
                 if tensor.shape != ticket.shape:
                     raise self._differs(f"shape {tuple(tensor.shape)} where it was {tuple(ticket.shape)}")
-                store[i] = detached
+                store[i] = detached, tensor._version
             return detached
 
         args, kwargs = pytree.tree_unflatten(self.leaves, self.spec)
