@@ -27,6 +27,7 @@ from .reach import check_reached, wanted
 from .refusals import check_components, check_pipeline, image_processors, plain_class
 from .shadow import Train, copied_scheduler, networks, shadow, trained_parameters
 from .steps import check_numbers, check_steps
+from .targets import numbers, with_targets
 from .trainable import check_trainable
 from .twins import twin
 
@@ -154,15 +155,14 @@ class DifferentiableRun:
         noise = None if self.noise is None else Noise(self.noise)
         arguments = call.arguments | ({} if noise is None else {"noise": noise.tensor})
         clone, safety = self._clone(ending, noise)
-        self._ledger.begin()
         # A user's no_grad around the call is meant: it samples as cheaply as ever, and returns a tensor.
         inputs = wanted(arguments) if torch.is_grad_enabled() else {}
         check_numbers(inputs)
-        with drawing(noise), nullcontext() if ending is None else ending:
+        with_targets(call)
+        with self._ledger.run(), drawing(noise), nullcontext() if ending is None else ending:
             out = call.run(clone)
         if noise is not None:
             noise.check()
-        self._ledger.finish()
         out = out if ending is None else ending.in_place_of_arrays(out)
         out = with_flags(out, safety.flags if safety is not None else None)
         result = first_tensor(out)
@@ -264,9 +264,8 @@ class DifferentiableRun:
                 )
             return
         # The walk costs some milliseconds a step, so once per kind of call.
-        numbers = {k: v for k, v in arguments.items() if isinstance(v, bool | int | float)}
         schedule = type(getattr(self.pipe, "scheduler", None))
-        key = (type(self.pipe), schedule, frozenset(arguments), frozenset(inputs), frozenset(numbers.items()))
+        key = (type(self.pipe), schedule, frozenset(arguments), frozenset(inputs), numbers(arguments))
         if key not in _CHECKED:
             check_reached(result, inputs)
             _CHECKED.add(key)
