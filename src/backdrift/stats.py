@@ -22,6 +22,9 @@ class RunStats:
         decodes_redone: the same, run a second time by a backward pass.
         peak_bytes: most bytes of activations held at once. Under ``memory="max"`` one call of each kind is
             measured and the others are taken to be like it.
+        drift: largest relative distance between a state that :class:`~backdrift.Reversible` rebuilt and the one
+            kept of the forward pass; None where none was rebuilt.
+        fell_back: whether that was beyond the tolerance, and stored states were used instead.
         seconds_forward: wall time in the sampling call.
         seconds_backward: wall time in backward passes, from the first network they reach to their end.
         seconds_redone: the part of ``seconds_backward`` spent on redone calls.
@@ -34,6 +37,8 @@ class RunStats:
     decodes: int = 0
     decodes_redone: int = 0
     peak_bytes: int = 0
+    drift: float | None = None
+    fell_back: bool = False
     seconds_forward: float = 0.0
     seconds_backward: float = 0.0
     seconds_redone: float = 0.0

@@ -3,5 +3,6 @@
 from .base import GradientMethod, Job
 from .exact import Exact
 from .plain import Plain
+from .reversible import Reversible
 
-__all__ = ["Exact", "GradientMethod", "Job", "Plain"]
+__all__ = ["Exact", "GradientMethod", "Job", "Plain", "Reversible"]

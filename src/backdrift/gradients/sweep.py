@@ -67,8 +67,8 @@ class Task:
         return value
 
 
-class WayBack(ABC):
-    """One run of a whole-run method: what it keeps of the forward pass, and how it goes back.
+class Way(ABC):
+    """One run of a whole-run method: how it goes back, and who asked for what.
 
     Args:
         job: the run.
@@ -87,16 +87,12 @@ class WayBack(ABC):
         self._tasks: dict[int, Task] = {}
 
     @abstractmethod
-    def keep(self, index: int, start: Tensor, end: Tensor) -> Record:
-        """What to keep of an interval, from the state ``start`` to ``end``; ``calls.made`` are its evaluations."""
-
-    @abstractmethod
     def back(self, first: int, last: int, record: Record, adjoint: Tensor, task: Task) -> Tensor:
         """The adjoint dL/dx at the start of interval ``first``.
 
         Args:
             first, last: the intervals of this node, ``first`` to ``last - 1``.
-            record: what :meth:`keep` kept of them.
+            record: what was kept of them.
             adjoint: dL/dx at the end of interval ``last - 1``.
             task: the backward pass.
         """
@@ -111,47 +107,6 @@ class WayBack(ABC):
             ends: dL/dx at their start and at their end.
         """
         raise UnsupportedError(f"{self.name} gives no gradient by the grid's times")
-
-    def boundary_terms(self, first: int, last: int, record: Record, ends: tuple[Tensor, Tensor]) -> Tensor:
-        """:meth:`by_times` of the true flow: a · dx/dt at the end and -a · dx/dt at the start; 0 by all other nodes.
-
-        NaN where dx/dt has no value: where it is infinite (sigma = 0 on most schedules) or the network cannot be asked.
-        """
-        total = torch.zeros(len(self.plan.times), dtype=torch.float64)
-        form = self.plan.forms()["original"]
-        for node, interval, adjoint, sign in ((last, last - 1, ends[1], 1.0), (first, first, ends[0], -1.0)):
-            t, x = self.plan.times[node], record["state", node]
-            if not usable(form, self.job.model, t):
-                total[node] += torch.nan
-                continue
-            on_x, on_output = form.coefficients(t)
-            slope = add_scaled(rescaled(self.calls.evaluate(x, t, interval), on_output), [(on_x, x)])
-            total[node] += sign * dot(adjoint, slope).cpu()
-        return total
-
-    def states(self) -> Iterator[State]:
-        """The forward pass: the states at the nodes after the first."""
-        job, count = self.job, len(self.plan.intervals)
-        inner, inside = self.plan.floating().states(job.x.detach(), self.calls), job.x.detach()
-        outer, token, record = job.x, None, Record()
-        for index in range(count):
-            self.calls.enter(index)
-            with torch.no_grad():
-                end = next(inner)
-            if index == 0 and torch.is_grad_enabled():
-                token = self._open()
-            if self.chain is None or (token is None and self.times is None and not job.x.requires_grad):
-                yield end
-                continue
-            record |= self.keep(index, inside, end.detach())
-            if self.times is not None:
-                record |= {("state", index): inside, ("state", index + 1): end.detach()}
-            inside = end.detach()
-            if job.trajectory or index == count - 1:
-                first = index if job.trajectory else 0
-                outer, token = link(self, first, index + 1, record, end, outer, token)
-                record, end = {}, outer
-            yield end
 
     def task(self) -> Task:
         """The backward pass that is running. To be called inside it."""
@@ -209,8 +164,57 @@ class WayBack(ABC):
             self._report(task)
 
 
+class WayBack(Way):
+    """One run of a whole-run method on tensors: what it keeps of the forward pass, and how it goes back."""
+
+    @abstractmethod
+    def keep(self, index: int, start: Tensor, end: Tensor) -> Record:
+        """What to keep of an interval, from the state ``start`` to ``end``; ``calls.made`` are its evaluations."""
+
+    def states(self) -> Iterator[State]:
+        """The forward pass: the states at the nodes after the first."""
+        job, count = self.job, len(self.plan.intervals)
+        inner, inside = self.plan.floating().states(job.x.detach(), self.calls), job.x.detach()
+        outer, token, record = job.x, None, Record()
+        for index in range(count):
+            self.calls.enter(index)
+            with torch.no_grad():
+                end = next(inner)
+            if index == 0 and torch.is_grad_enabled():
+                token = self._open()
+            if self.chain is None or (token is None and self.times is None and not job.x.requires_grad):
+                yield end
+                continue
+            record |= self.keep(index, inside, end.detach())
+            if self.times is not None:
+                record |= {("state", index): inside, ("state", index + 1): end.detach()}
+            inside = end.detach()
+            if job.trajectory or index == count - 1:
+                first = index if job.trajectory else 0
+                outer, token = link(self, first, index + 1, record, end, outer, token)
+                record, end = {}, outer
+            yield end
+
+    def boundary_terms(self, first: int, last: int, record: Record, ends: tuple[Tensor, Tensor]) -> Tensor:
+        """:meth:`by_times` of the true flow: a · dx/dt at the end and -a · dx/dt at the start; 0 by all other nodes.
+
+        NaN where dx/dt has no value: where it is infinite (sigma = 0 on most schedules) or the network cannot be asked.
+        """
+        total = torch.zeros(len(self.plan.times), dtype=torch.float64)
+        form = self.plan.forms()["original"]
+        for node, interval, adjoint, sign in ((last, last - 1, ends[1], 1.0), (first, first, ends[0], -1.0)):
+            t, x = self.plan.times[node], record["state", node]
+            if not usable(form, self.job.model, t):
+                total[node] += torch.nan
+                continue
+            on_x, on_output = form.coefficients(t)
+            slope = add_scaled(rescaled(self.calls.evaluate(x, t, interval), on_output), [(on_x, x)])
+            total[node] += sign * dot(adjoint, slope).cpu()
+        return total
+
+
 def link(
-    way: WayBack, first: int, last: int, record: Record, end: Tensor, outer: Tensor, token: Tensor | None
+    way: Way, first: int, last: int, record: Record, end: Tensor, outer: Tensor, token: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The state ``end`` with its place in the outer graph, and the next token.
 
@@ -226,16 +230,13 @@ def link(
     return (made, None) if token is None else made
 
 
-_link = link
-
-
 class _Link(torch.autograd.Function):
     """Intervals ``first`` to ``last - 1`` as one node: (state, token) -> (state at the end, next token)."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        way: WayBack,
+        way: Way,
         first: int,
         last: int,
         record: Record,
@@ -252,7 +253,7 @@ class _Link(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        way: WayBack = ctx.way
+        way: Way = ctx.way
         if torch.is_grad_enabled():
             raise UnsupportedError(
                 f"{way.name} gives first derivatives only; this backward pass asked for more (create_graph=True): "
