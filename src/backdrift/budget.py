@@ -27,12 +27,14 @@ class MemoryPlan:
 
     Attributes:
         mode: ``"min"`` (one call's activations at a time), ``"max"`` (all: plain autograd), ``"auto"``
-            (a budget from the memory that is free at the first call) or ``"bytes"``.
+            (a budget from the memory that is free at the first call), ``"bytes"`` or ``"keep"``.
         budget: bytes, for mode ``"bytes"``.
+        keep: how many network calls keep their activations, for mode ``"keep"``: the last ones.
     """
 
-    mode: Literal["min", "max", "auto", "bytes"]
+    mode: Literal["min", "max", "auto", "bytes", "keep"]
     budget: int | None = None
+    keep: int = 0
 
     @classmethod
     def parse(cls, memory: MemoryPlan | str | int) -> MemoryPlan:

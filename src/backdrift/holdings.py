@@ -101,6 +101,12 @@ class Holdings:
             if serial != but and claim.held and claim.saved:
                 self.drop(serial)
 
+    def drop_role(self, role: str, *, but: int) -> None:
+        """Drop all calls of a role, but for the one with serial ``but``."""
+        for serial, claim in list(self._claims.items()):
+            if claim.role == role and serial != but and claim.held:
+                self.drop(serial)
+
     def tidy(self) -> None:
         """Forget calls whose graphs have died, and recount those that a backward pass has begun to free."""
         while self._gone:
@@ -118,9 +124,12 @@ class Holdings:
                 claim.saved -= dead
                 self._release(dead)
 
-    def kept(self, role: str) -> int:
-        """How many calls of a role hold their activations."""
-        return sum(c.role == role and c.held and not c.reached for c in self._claims.values())
+    def kept(self, role: str, *, but: int = -1) -> int:
+        """How many calls of a role hold their activations, the one with serial ``but`` left out."""
+        return sum(
+            c.role == role and c.held and not c.reached and serial != but
+            for serial, c in self._claims.items()
+        )
 
     def _take(self, key: int, nbytes: int) -> None:
         entry = self._count.get(key)

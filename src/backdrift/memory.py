@@ -29,7 +29,8 @@ from .stats import RunStats
 from .weights import Weights
 
 __all__ = ["Ledger", "MemoryPlan"]
-Role = Literal["network", "decoder", "other"]
+# "… part": a slice of a call, with more to come; the last slice stands for the call.
+Role = Literal["network", "network part", "decoder", "decoder part", "other"]
 _T = TypeVar("_T")
 
 # Bytes beside the saved tensors while a call runs or is differentiated (gradients in flight, temporaries), in
@@ -125,7 +126,8 @@ class Ledger:
             modules: (name, module) of the networks in ``fn``: weights that are not counted, and are compared
                 in the backward pass.
             owned: the modules belong to this run alone (see :class:`~backdrift.weights.Weights`).
-            role: ``"network"`` or ``"decoder"``: where it is counted; ``"other"`` is not.
+            role: ``"network"`` or ``"decoder"``: where it is counted; ``"other"`` is not. ``"network part"`` and
+                ``"decoder part"``: all but the last part of a call that is made in parts.
             check: called when a backward pass comes to this call, after its weights were compared.
 
         Raises:
@@ -193,6 +195,8 @@ class Ledger:
                 tensors = [*frame.tensors, *frame.weights.tensors]
                 device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
                 self.budget = self._limit = available_bytes(device)
+            if self.plan.mode == "keep":
+                self._keep_the_last(frame)
             if self.plan.mode == "min":
                 if frame.role == "decoder" and self._networks.calls > 1:
                     # Where it fits in what must be held later anyway, the last network call is not redone.
@@ -216,6 +220,18 @@ class Ledger:
             if not self._defer:
                 self.finish()
         return out
+
+    def _keep_the_last(self, frame: Frame) -> None:
+        """Drop all but the last network calls, the running one among them, and a decoder's earlier parts."""
+        others = self.plan.keep - frame.role.startswith("network")
+        if self.plan.keep == 0:
+            self._holdings.drop_oldest_until(lambda: False, but=frame.serial)
+        else:
+            self._holdings.drop_oldest_until(
+                lambda: self._holdings.kept("network", but=frame.serial) <= others, but=frame.serial
+            )
+        if frame.role.startswith("decoder"):
+            self._holdings.drop_role("decoder part", but=frame.serial)
 
     def _count_arguments(self, short: Shortage, leaves: list[Any], weights: Weights) -> None:
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
@@ -247,6 +263,8 @@ class Ledger:
         self._passes.comes_to_redo(frame, task)
         if self.plan.mode == "min":
             self._holdings.drop_oldest_until(lambda: False, but=frame.serial)
+        elif self.plan.mode == "keep":
+            self._keep_the_last(frame)
         else:
             self._holdings.drop_oldest_until(lambda: self._fits(frame.nbytes), but=frame.serial)
         self._note_peak(frame.nbytes)
