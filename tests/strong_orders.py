@@ -79,7 +79,8 @@ def moment_errors(schedule: str, solver: StochasticSolver, steps: int) -> tuple[
     return (x0.detach() - process.alpha(last) * network.mean)[0], (found - variances[1])[0]
 
 
-def _row(label: str, errors: list[float], order: float) -> str:
+def row(label: str, errors: list[float], order: float) -> str:
+    """A line of a Markdown table."""
     return f"| {label} | {' | '.join(f'{error:.1e}' for error in errors)} | {order:.2f} |"
 
 
@@ -89,7 +90,7 @@ def _table(title: str, steps: list[int], rows: Callable[[StochasticSolver], list
     )
     for solver in SOLVERS.values():
         errors = rows(solver)
-        print(_row(f"`{solver!r}`", errors, regression(errors)))
+        print(row(f"`{solver!r}`", errors, regression(errors)))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, UnsupportedError
 from .forms import FORMS, Call, Form
 from .noises import Draw, Noise
 from .scalars import graphed
@@ -49,6 +49,7 @@ class Plan:
     Raises:
         InputError: the solver does not work on the form, needs a noise and has none or has one and needs none, an
             interval is singular for every form, or the network's prediction is blind at the first node.
+        UnsupportedError: the solver is stochastic and a gradient by the times is wanted.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Plan:
         self.form, self.schedule, self.prediction, self.times = form, schedule, prediction, list(times)
         own = Form(form, schedule, prediction)
         solver.check_form(form)
-        _check_noise(solver, noise)
+        _check_noise(solver, noise, graph)
         self.noise = noise
         self.solver = solver.fitted(len(self.times) - 1)
         self.back = False
@@ -209,7 +210,7 @@ class Plan:
             yield run.take(forms[leg.form], leg, enter)
 
 
-def _check_noise(solver: Solver, noise: Noise | None) -> None:
+def _check_noise(solver: Solver, noise: Noise | None, graph: Tensor | None) -> None:
     wanted = isinstance(solver, StochasticSolver) and solver.eta > 0
     if wanted and noise is None:
         raise InputError(
@@ -217,3 +218,8 @@ def _check_noise(solver: Solver, noise: Noise | None) -> None:
         )
     if noise is not None and not wanted:
         raise InputError(f"{solver!r} adds no noise, but {noise!r} was given: leave noise and seed out")
+    if isinstance(solver, StochasticSolver) and graph is not None:
+        raise UnsupportedError(
+            f"{solver!r} steps along a Brownian path, which has no derivative by the grid's times: detach them, or use "
+            "a solver of the ODE"
+        )
