@@ -54,6 +54,11 @@ class Ambient:
         self._generators = [x for x in leaves if isinstance(x, torch.Generator)]
         self._random: list[torch.Tensor] | None = self._read_random()
 
+    @property
+    def autocast_dtypes(self) -> set[torch.dtype]:
+        """What autocast computes in, on the device types where it is on."""
+        return {dtype for _, enabled, dtype in self._autocast if enabled}
+
     def settle(self) -> None:
         """After the call: if it drew no random numbers, a redo need not touch the generators, which other
         threads may be drawing from."""
