@@ -136,6 +136,24 @@ def test_a_decoder_that_does_not_fit_is_refused_by_the_same_figure() -> None:
     assert equal(run.gradients(Ledger(needed, defer=True)), run.gradients(None))
 
 
+def test_what_a_run_stumbles_over_after_a_shortage_does_not_hide_it() -> None:
+    run = Run(trained=False)
+
+    def sample(ledger: Ledger, stumble: bool = True) -> None:
+        with ledger.run():
+            ledger.call(run.network, run.x, modules=run.modules)
+            if stumble:
+                raise ValueError("the pipeline's own")
+
+    with pytest.raises(BudgetError, match="smallest budget that works") as caught:
+        sample(Ledger(1, defer=True))
+    assert isinstance(caught.value.__cause__, ValueError)
+    with pytest.raises(BudgetError):
+        sample(Ledger(1, defer=True), stumble=False)
+    with pytest.raises(ValueError, match="own"):
+        sample(Ledger("min", defer=True))
+
+
 def test_the_run_goes_on_with_outputs_of_its_own_after_a_shortage() -> None:
     run, seen = Run(trained=False), []
 

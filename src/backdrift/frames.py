@@ -78,8 +78,9 @@ class Frame:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._permanent:
-            # Weights and arguments are alive anyway: nothing to drop, count or make again.
-            ticket.tensor = tensor if tensor.is_leaf else tensor.detach()
+            # Weights and arguments are alive anyway: nothing to drop, count or make again. Detached: a decoder's
+            # weights may be converted in place after its call.
+            ticket.tensor = tensor.detach()
             tickets.append(None)
             return ticket
         ticket.shape = tensor.shape

@@ -163,6 +163,25 @@ class Ledger:
         self._note()
         return out
 
+    @contextmanager
+    def run(self) -> Iterator[None]:
+        """Around one sampling run: :meth:`begin` and :meth:`finish`.
+
+        Raises:
+            BudgetError: from :meth:`finish`; also where the caller stumbles over what stands in for its networks
+                after a shortage.
+        """
+        self.begin()
+        try:
+            yield
+        except Exception as error:
+            try:
+                self.finish()
+            except BudgetError as refusal:
+                raise refusal from error
+            raise
+        self.finish()
+
     def begin(self) -> None:
         """A new sampling run on this ledger, on other modules: forget what was noted of the last one's."""
         self._snapshots.clear()
