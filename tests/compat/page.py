@@ -9,7 +9,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parents[1] / "docs" / "compatibility.md"
 # The order of the rows.
-MODULES = ("test_families", "test_half_precision", "test_outputs", "test_schedulers", "test_targets")
+MODULES = (
+    "test_families",
+    "test_half_precision",
+    "test_outputs",
+    "test_schedulers",
+    "test_targets",
+    "test_processors",
+)
 
 HEAD = """\
 # What `differentiable` works with

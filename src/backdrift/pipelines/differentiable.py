@@ -21,6 +21,7 @@ from ..weights import Adapters
 from .calls import PipelineCall
 from .draws import Noise, checking, drawing
 from .endings import Ending, ending_of
+from .forwards import check_networks
 from .modular import guiders, is_modular, with_twin_blocks
 from .outputs import SafetyBeside, first_tensor, to_pil, unclamped, with_flags
 from .reach import check_reached, wanted
@@ -111,6 +112,7 @@ class DifferentiableRun:
         check_pipeline(pipe)
         check_components(pipe)
         check_steps(pipe)
+        check_networks(pipe)
         self.pipe, self.clamp, self.noise = pipe, clamp, noise
         self.stats = RunStats()
         trained = trained_parameters(pipe, train)
@@ -149,6 +151,7 @@ class DifferentiableRun:
             raise InputError("differentiable inside torch.inference_mode(): leave that, it forbids gradients")
         check_components(self.pipe)
         check_steps(self.pipe)
+        check_networks(self.pipe)
         start = time.perf_counter()
         ending = ending_of(plain_class(type(self.pipe)), self.clamp)
         call = PipelineCall.of(self.pipe, args, kwargs, ending.output_type if ending is not None else "pt")
