@@ -302,14 +302,14 @@ def test_a_plan_says_what_it_chose_and_why() -> None:
 
 
 def test_the_command_prints_tables_and_json() -> None:
-    command = ["plan", "sd", "--size", "32", "--steps", "4", "--budget", "20MiB"]
+    command = ["plan", "sd", "--size", "32", "--steps", "4", "--budget", "64MiB"]
     text = CliRunner().invoke(app, command).output
     assert "activations of one call of unet" in text
     assert "Chosen" in text
     found = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
     assert found["chosen"]["fits"] is True
     assert found["plain"]["network_calls"] == 4
-    assert found["budget"] == 20 * MIB
+    assert found["budget"] == 64 * MIB
 
 
 def test_the_command_names_the_smallest_budget() -> None:

@@ -17,10 +17,12 @@ from ..planning.job import Job
 from ..planning.plan import Plan, make_plan
 from .configured import configured
 from .load import noise
-from .refusals import plain_class, undecorated_call
+from .modular import is_modular
+from .refusals import plain_class
 from .rehearsal import rehearse
 from .scored import count_loss
 from .shadow import Train
+from .twins import twin
 
 __all__ = ["plan"]
 
@@ -108,7 +110,7 @@ def plan(
 
 def count_job(pipe: Any, arguments: dict[str, Any], train: Train, loss: Any, states: int) -> Job:
     """The job of one call with its loss and, per trained weight, ``states`` tensors of optimizer state."""
-    job, pictures = rehearse(pipe, arguments, train)
+    job, pictures = rehearse(pipe, (), arguments, train)
     scored, notes = count_loss(loss, pictures) if loss is not None and pictures is not None else (None, ())
     return dataclasses.replace(job, loss=scored, state=states * job.gradients, notes=notes)
 
@@ -123,9 +125,10 @@ def _arguments(
     call: dict[str, Any],
 ) -> dict[str, Any]:
     """The keywords of a typical call."""
-    accepted = inspect.signature(undecorated_call(plain_class(type(pipe)))).parameters
+    accepted = inspect.signature(getattr(twin(plain_class(type(pipe))), "__call__")).parameters  # noqa: B004, B009
+    anything = is_modular(plain_class(type(pipe)))  # its blocks say what they take
     unknown = set(call) - set(accepted)
-    if unknown:
+    if unknown and not anything:
         raise InputError(f"{plain_class(type(pipe)).__name__} takes no argument {min(unknown)!r}")
     given: dict[str, Any] = {"num_inference_steps": steps}
     if height is not None:
@@ -143,7 +146,7 @@ def _arguments(
     if "latents" in accepted and "latents" not in call:
         start = noise(pipe, height=height, width=width, batch_size=batch, device="cpu")
         given["latents"] = start.requires_grad_()
-    return {k: v for k, v in {**given, **call}.items() if k in accepted}
+    return {k: v for k, v in {**given, **call}.items() if anything or k in accepted}
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:

@@ -6,9 +6,8 @@ pipeline computes itself, on tensors the size of latents, it really computes, on
 
 from __future__ import annotations
 
-import copy
-import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +21,15 @@ from ..planning.count import Count
 from ..planning.job import Component, Job, Kind, Moment, Role
 from ..planning.meta import like, set_dtypes, to_meta, weight_bytes, weights_of
 from ..planning.profile import Profile, profile
-from .outputs import first_tensor, unclamped
-from .refusals import image_processors, plain_class, undecorated_call
-from .shadow import Train, copied_scheduler, networks, shadow, trained_parameters
-from .stand_in import alike, answer, meta_leaves, rows, stand_in_argument, template, tiling
+from .calls import PipelineCall
+from .clone import clone_of
+from .draws import Noise, drawing
+from .endings import Ending, ending_of
+from .outputs import first_tensor
+from .refusals import plain_class
+from .shadow import Train, trained_parameters
+from .stand_in import alike, answer, meta_leaves, rows, stand_in_call, template, tiling, zeros_like
+from .targets import with_targets
 
 __all__ = ["rehearse"]
 
@@ -53,13 +57,21 @@ def role_of(name: str, module: nn.Module) -> Role:
     return "network"
 
 
-def rehearse(pipe: Any, arguments: dict[str, Any], train: Train = None) -> Rehearsal:
-    """The job that ``pipe(**arguments)`` and a backward pass from its pictures are.
+def rehearse(
+    pipe: Any,
+    args: Any,
+    kwargs: Any,
+    train: Train = None,
+    *,
+    clamp: bool = False,
+    noise: torch.Tensor | None = None,
+) -> Rehearsal:
+    """The job that ``pipe(*args, **kwargs)`` and a backward pass from its pictures are.
 
     Args:
         pipe: a diffusers pipeline; its networks may be on the meta device.
-        arguments: of its call. Tensors are replaced by zeros, generators by new ones.
-        train: which weights get gradients, as in :func:`~backdrift.differentiable`.
+        args, kwargs: of its call. Large tensors are replaced by zeros, generators by new ones.
+        train, clamp, noise: as in :func:`~backdrift.differentiable`.
 
     Returns:
         The job, without a loss, and the shape of its pictures.
@@ -67,15 +79,18 @@ def rehearse(pipe: Any, arguments: dict[str, Any], train: Train = None) -> Rehea
     Raises:
         UnsupportedError: the pipeline's loop cannot be run this way; says where it stopped.
     """
-    name = plain_class(type(pipe)).__name__
-    stage = _Stage(pipe, train)
+    cls = plain_class(type(pipe))
+    ending = ending_of(cls, clamp)
+    stage = _Stage(pipe, train, clamp, ending, noise)
+    call = PipelineCall.of(pipe, args, kwargs, ending.output_type if ending is not None else "pt")
     try:
-        return stage.play(arguments)
+        return stage.play(call)
     except BackdriftError:
         raise
     except Exception as error:
         raise UnsupportedError(
-            f"{name} cannot be planned: its loop, run without networks, stopped with {type(error).__name__}: {error}"
+            f"{cls.__name__} cannot be planned: its loop, run without networks, stopped with "
+            f"{type(error).__name__}: {error}"
         ) from error
 
 
@@ -86,8 +101,11 @@ class _Stage:
         count: bytes that the pipeline's own arithmetic holds.
     """
 
-    def __init__(self, pipe: Any, train: Train) -> None:
-        self.pipe = pipe
+    def __init__(
+        self, pipe: Any, train: Train, clamp: bool, ending: Ending | None, noise: torch.Tensor | None
+    ) -> None:
+        self.pipe, self.clamp, self.ending = pipe, clamp, ending
+        self.given_noise = noise
         self.trained = {id(p): p.nbytes for p in trained_parameters(pipe, train).values()}
         self.count = Count()
         self.inside = False
@@ -96,18 +114,21 @@ class _Stage:
         self.owned: list[dict[int, int]] = []  # per call, the storages of its arguments
         self.forward: list[Moment] = []
         self.backward: list[Moment] = []
-        self.clone = self._clone()
 
-    def play(self, arguments: dict[str, Any]) -> Rehearsal:
-        call = undecorated_call(plain_class(type(self.pipe)))
+    def play(self, call: PipelineCall) -> Rehearsal:
         with torch.enable_grad(), self.count:
-            given = _arguments(call, arguments)
-            out = call(self.clone, **given)
-            result = first_tensor(out)
+            noise = None if self.given_noise is None else Noise(zeros_like(self.given_noise))
+            clone = self._clone(noise)
+            stand_in_call(call)
+            with_targets(call)
+            with drawing(noise), nullcontext() if self.ending is None else self.ending:
+                out = call.run(clone)
+            result = first_tensor(out if self.ending is None else self.ending.in_place_of_arrays(out))
             self.count.settle()
             pictures = self.count.peak
             self.count.reset_peak()
-            del out, given
+            del out, clone, noise
+            call.bound.arguments.clear()
             if result is not None and result.requires_grad:
                 result.backward(torch.ones_like(result))
         job = Job(
@@ -121,27 +142,23 @@ class _Stage:
         )
         return Rehearsal(job, None if result is None else like(result.detach()))
 
-    def _clone(self) -> Any:
-        clone = copy.copy(self.pipe)
+    def _clone(self, noise: Noise | None) -> Any:
+        clone = clone_of(self.pipe, set(self.trained), self._on_stage, clamp=self.clamp, noise=noise)
         clone.__class__ = _on_the_cpu(
-            plain_class(type(self.pipe)), _execution_device=_HERE, maybe_free_model_hooks=lambda self: None
+            type(clone), _execution_device=_HERE, maybe_free_model_hooks=lambda self: None
         )
         own = clone.__dict__
-        for name, module in networks(self.pipe).items():
-            own[name] = self._on_stage(name, to_meta(shadow(module, set(self.trained))))
-        for name, value in list(own.items()):
-            if name.endswith("scheduler") and hasattr(value, "step"):
-                own[name] = copied_scheduler(value)
-        own |= {name: unclamped(p) for name, p in image_processors(self.pipe).items()}
-        own |= {name: None for name in ("safety_checker", "watermark") if name in own}
+        if own.get("safety_checker") is not None:
+            own["safety_checker"] = None
         own["_progress_bar_config"] = {"disable": True}
         return clone
 
     def _on_stage(self, name: str, module: nn.Module) -> nn.Module:
-        role = role_of(name, module)
+        role = role_of(name, to_meta(module))
         methods = ["forward", *(m for m in ("encode", "decode") if role == "decoder" and hasattr(module, m))]
         for method in methods:
-            setattr(module, method, self._stand_in(name, module, method, role))
+            called = self._stand_in(name, module, method, role)
+            setattr(module, method, called if self.ending is None else self.ending.asleep(called))
         module.__class__ = _on_the_cpu(type(module))
         return module
 
@@ -242,12 +259,3 @@ class _Stage:
 def _on_the_cpu(cls: Any, **more: Any) -> Any:
     """A subclass by the same name that says its device is the CPU."""
     return type(cls.__name__, (cls,), {"device": _HERE, "__module__": cls.__module__, **more})
-
-
-def _arguments(call: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Without what belongs to the user's own run: callbacks, and pictures made in PIL."""
-    parameters = inspect.signature(call).parameters
-    given = {k: stand_in_argument(v) for k, v in arguments.items() if not k.startswith("callback")}
-    if "output_type" in parameters and given.get("output_type") != "latent":
-        given["output_type"] = "pt"
-    return given

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,9 @@ from torch.utils import _pytree as pytree
 
 from .. import blocks
 from ..planning.meta import like, map_tensors
+from .calls import PipelineCall
+
+_FEW = 64
 
 
 def answer(shape: Any, tensors: Sequence[torch.Tensor], reached: Callable[[], None]) -> Any:
@@ -83,17 +87,32 @@ def rows(leaves: Sequence[Any], shape: Any) -> int:
     return len(first)
 
 
-def stand_in_argument(value: Any) -> Any:
-    """A user's argument for the rehearsal: tensors as zeros on the CPU, generators as new ones."""
+def stand_in_call(call: PipelineCall) -> None:
+    """Put a user's arguments on the CPU: large tensors as zeros, generators as new ones, callbacks left out."""
+    for name, value in list(call.bound.arguments.items()):
+        if name.startswith("callback"):
+            del call.bound.arguments[name]
+        elif name not in ("self", "state") and value is not call.bound.args[0]:
+            call.bound.arguments[name] = pytree.tree_map(_stand_in_argument, value)
+        elif name == "state" and hasattr(value, "values"):  # of a modular pipeline
+            state = call.bound.arguments[name] = copy.copy(value)
+            state.values = pytree.tree_map(_stand_in_argument, dict(value.values))
 
-    def change(x: Any) -> Any:
-        if isinstance(x, torch.Tensor):
-            if x.dtype.is_floating_point:
-                return torch.zeros(x.shape, dtype=x.dtype).requires_grad_(x.requires_grad)
-            return x.detach().to("cpu", copy=True)
-        return torch.Generator() if isinstance(x, torch.Generator) else x
 
-    return pytree.tree_map(change, value)
+def zeros_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Zeros on the CPU, with the same flag."""
+    return torch.zeros(tensor.shape, dtype=tensor.dtype).requires_grad_(tensor.requires_grad)
+
+
+def _stand_in_argument(value: Any) -> Any:
+    if isinstance(value, torch.Generator):
+        return torch.Generator()
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.is_floating_point() and value.numel() > _FEW:
+        return zeros_like(value)
+    # Numbers that a loop may look at: a scale, a row of times.
+    return value.detach().to("cpu", copy=True).requires_grad_(value.requires_grad)
 
 
 @contextmanager
