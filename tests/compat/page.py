@@ -15,6 +15,7 @@ MODULES = (
     "test_outputs",
     "test_schedulers",
     "test_targets",
+    "test_precision_and_layout",
     "test_processors",
 )
 
