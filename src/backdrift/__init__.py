@@ -46,6 +46,7 @@ _EXPORTS: dict[str, str] = {
     "Pair": "solvers",
     "Plain": "gradients",
     "Exact": "gradients",
+    "AdjointDEIS": "gradients.deis",
     "Reversible": "gradients",
     "sample": "sampling",
     "encode": "encoding",
