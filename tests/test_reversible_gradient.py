@@ -369,6 +369,15 @@ def test_solvers_that_cannot_be_undone_are_refused_by_name(solver: Any) -> None:
         bd.sample(toy_denoiser(), x, cond, solver=solver, grid=grid(4), gradient=bd.Reversible())
 
 
+def test_times_that_require_grad_are_refused() -> None:
+    x, cond = toy_inputs()
+    times = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64, requires_grad=True)
+    how: dict[str, Any] = {"solver": bd.EDICT(), "grid": bd.TimeGrid(times), "gradient": bd.Reversible()}
+    for run in (bd.sample, bd.encode):
+        with pytest.raises(UnsupportedError, match="no gradient by the grid's times"):
+            run(toy_denoiser(), x, cond, **how)
+
+
 def test_impossible_settings_are_refused() -> None:
     for settings in ({"tolerance": 0}, {"checkpoints": -1}, {"checkpoints": 1.5}, {"stages": "all"}):
         with pytest.raises(InputError, match=next(iter(settings))):

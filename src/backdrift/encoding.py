@@ -10,7 +10,7 @@ from .conditioning import check_steps
 from .denoiser import Denoiser
 from .errors import InputError
 from .gradients import Exact, GradientMethod, Job
-from .sampling import Grid, check_arguments, finite, plan_for, state_for
+from .sampling import Grid, check_arguments, check_asked, finite, plan_for, state_for
 from .solvers import McCallumFoster, Pair, ReversibleSolver
 from .stats import RunStats
 
@@ -44,6 +44,7 @@ def encode(
 
     Raises:
         InputError: the solver is not reversible, or an argument cannot be used.
+        UnsupportedError: the grid's times require grad and the gradient method gives none by them.
         NonFiniteError: a state is not finite; names the first step.
 
     Example:
@@ -58,6 +59,7 @@ def encode(
             f"{gradient!r} steps from noise to data only: encode with gradient=Exact(), Plain() or Reversible()"
         )
     plan = plan_for(model, solver, grid, form).undone()
+    check_asked(gradient, plan)
     check_steps((cond, model.uncond), len(plan.intervals))
     pair = state_for(plan, x0, gradient, "x0")
     assert isinstance(pair, Pair)  # the plan is reversible

@@ -105,7 +105,7 @@ def sample(
     solver, gradient = solver or Euler(), gradient or Exact()
     check_arguments(model, solver, gradient)
     plan = plan_for(model, solver, grid, form, _noise(noise, seed))
-    _check_asked(gradient, plan)
+    check_asked(gradient, plan)
     state = state_for(plan, x_T, gradient, "x_T")
     pair, x = (state, state.first) if isinstance(state, Pair) else (None, state)
 
@@ -161,7 +161,12 @@ def check_arguments(model: Denoiser, solver: Solver, gradient: GradientMethod) -
             raise InputError(f"{name} must be a {kind.__name__}{hint}; got {value!r}")
 
 
-def _check_asked(gradient: GradientMethod, plan: Plan) -> None:
+def check_asked(gradient: GradientMethod, plan: Plan) -> None:
+    """Raise if more is asked of the gradient method than it can give.
+
+    Raises:
+        UnsupportedError: the times require grad, or a ``torch.func`` transform is active.
+    """
     if plan.graph is not None and not gradient.by_times:
         raise UnsupportedError(
             f"{gradient!r} gives no gradient by the grid's times, which require grad: detach them, or use Plain(), "
