@@ -7,6 +7,7 @@ form, the mixture's from torchdiffeq's eighth-order method at a tolerance of 1e-
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -20,7 +21,7 @@ from backdrift.grids import TimeGrid
 from backdrift.sampling import sample
 from backdrift.schedules import Schedule
 from backdrift.solvers import Solver
-from problems import SCHEDULES, GaussianNetwork, MixtureNetwork, condition
+from problems import SCHEDULES, GaussianNetwork, MixtureNetwork, condition, start_state
 
 # All schedules are run over the same range of rho, away from their singular ends and where errors are smooth.
 RHO = (4.0, 0.2)
@@ -117,6 +118,45 @@ def scaled_end(name: str, form: str, solver: Solver, steps: int = 6) -> Tensor:
         return sample(model, x, cond, solver=solver, grid=grid, form=form).x0 / schedule.alpha(end)
 
 
+@dataclass(frozen=True)
+class Error:
+    """Relative errors of the final state and of the gradient of a loss on it by x_T."""
+
+    state: float
+    gradient: float
+
+
+def error_at(solver: Solver, evaluations: int) -> Error | None:
+    """What a solver makes of that many evaluations at most, from nearly pure noise to nearly clean data.
+
+    A mixture of three Gaussians, VP linear, t from 1 to 0.001, log-SNR grid, the solver's own form or the exponential
+    one. None where not even one step can be had.
+    """
+    steps = 0
+    while sum(solver.evaluations(i) for i in range(steps + 1)) <= evaluations:
+        steps += 1
+    if steps == 0:
+        return None
+    schedule = SCHEDULES["linear"]
+    x, cond = start_state(schedule, 1.0).requires_grad_(), condition()
+    grid = TimeGrid("logsnr", steps, start=1.0, end=1e-3)
+    model = Denoiser(MixtureNetwork(schedule), schedule)
+    x0 = sample(model, x, cond, solver=solver, grid=grid, gradient=Plain()).x0
+    found = (x0, *torch.autograd.grad((_WEIGHTS[:3] * x0 + 0.3 * x0**2).sum(), x))
+    pairs = zip(found, _whole_way(), strict=True)
+    return Error(*(float((ours - true).detach().norm() / true.detach().norm()) for ours, true in pairs))
+
+
+@cache
+def _whole_way() -> tuple[Tensor, Tensor]:
+    """The true state and gradient of :func:`error_at`."""
+    schedule = SCHEDULES["linear"]
+    x, network = start_state(schedule, 1.0).requires_grad_(), MixtureNetwork(schedule)
+    x0 = by_torchdiffeq(schedule, network, x, condition(), (1.0, 1e-3))
+    (gradient,) = torch.autograd.grad((_WEIGHTS[:3] * x0 + 0.3 * x0**2).sum(), x)
+    return x0.detach(), gradient
+
+
 @cache
 def known(name: str) -> Outcome:
     """The true flow and its gradients on the schedule of that name."""
@@ -124,21 +164,23 @@ def known(name: str) -> Outcome:
     network, (start, end), (x, cond) = SideBySide(schedule, "epsilon"), ends(schedule), inputs(schedule)
     columns = _COLUMNS[0]
     closed = network.gaussian.solution(x[:, columns], cond[:, columns], start, end)
-    solved = by_torchdiffeq(name, network, x, cond)
+    solved = by_torchdiffeq(schedule, network, x, cond, (start, end))
     return outcome(torch.cat([closed, solved[:, _COLUMNS[1]]], dim=1), x, cond, network)
 
 
-def by_torchdiffeq(name: str, network: SideBySide, x: Tensor, cond: Tensor) -> Tensor:
-    """The state at the end by dopri8 on dy/drho = eps(alpha y)."""
-    schedule, (start, end) = SCHEDULES[name], ends(SCHEDULES[name])
+def by_torchdiffeq(
+    schedule: Schedule, network: nn.Module, x: Tensor, cond: Tensor, between: tuple[float, float]
+) -> Tensor:
+    """The state at the later of two times, from that at the earlier, by dopri8 on dy/drho = eps(alpha y)."""
+    start, end = between
 
     def drift(rho: Tensor, y: Tensor) -> Tensor:
         t = schedule.t_from_rho(rho.detach())
         return network(schedule.alpha(t) * y, t.expand(len(y)), cond)
 
-    rho = torch.tensor(RHO, dtype=torch.float64)
+    rho = schedule.rho([start, end])
     # Without a first step of our own, torchdiffeq's is a function of y, and its gradient is wrong.
-    options = {"step_t": rho[1:], "first_step": 0.01}
+    options = {"step_t": rho[1:], "first_step": 0.01 * float(rho[0])}
     y = odeint(
         drift, x / schedule.alpha(start), rho, method="dopri8", rtol=1e-12, atol=1e-13, options=options
     )

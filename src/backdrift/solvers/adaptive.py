@@ -51,6 +51,7 @@ def accepted_steps(
     atol: float = TOLERANCE,
     first_step: float | None = None,
     max_steps: int = 1000,
+    where: Callable[[float], str] = "clock = {:g}".format,
 ) -> Accepted:
     """Solve dy/ds = drift(s, y) from ``start`` to ``stop`` (either way) by torchdiffeq's dopri5, without gradients.
 
@@ -63,6 +64,7 @@ def accepted_steps(
         rtol, atol: a step is accepted if the root mean square of its error over ``atol + rtol * |y|`` is at most 1.
         first_step: size of the first attempt; chosen with one more evaluation if None.
         max_steps: attempts before giving up.
+        where: how messages say at which clock something happened.
 
     Raises:
         NonFiniteError: the drift is NaN or infinite.
@@ -74,21 +76,29 @@ def accepted_steps(
     steps: list[tuple[float, Tensor, float]] = []  # where each begins, the state there, its size
     left = 6 * max_steps + 2
 
+    def too_small(what: object) -> InputError:
+        return InputError(
+            f"adaptive Dormand–Prince needs steps too small for {y.dtype} between {where(start)} and {where(stop)} "
+            f"({what}): raise rtol and atol ({rtol:g}, {atol:g}), or use a state of more precision"
+        )
+
     def inner(s: Tensor, y: Tensor) -> Tensor:
         nonlocal left
         left -= 1
+        if not bool(s.isfinite()):
+            raise too_small("the size of a step is not finite")
         # torchdiffeq hands s over in y's dtype, in which an end may be rounded to beyond itself.
         clock = min(max(float(s), low), high)
         if left < 0:
             raise InputError(
-                f"{max_steps} steps of adaptive Dormand–Prince lead only from {start:g} to {clock:g} on the way to "
-                f"{stop:g}: raise rtol and atol ({rtol:g}, {atol:g}), or max_steps"
+                f"{max_steps} steps of adaptive Dormand–Prince lead only from {where(start)} to {where(clock)}, not to "
+                f"{where(stop)}: raise rtol and atol ({rtol:g}, {atol:g}), or max_steps"
             )
         k = drift(clock, y)
         if not bool(k.isfinite().all()):
             raise NonFiniteError(
-                f"the drift became NaN or infinite where the clock shows {clock:g}: the network's output is not "
-                "finite there, or the first steps are far too large"
+                f"the drift became NaN or infinite at {where(clock)} while adaptive steps were looked for: the "
+                "network's output is not finite there, or the state it was given is far off"
             )
         return k
 
@@ -99,11 +109,8 @@ def accepted_steps(
     try:
         with torch.no_grad():
             found = odeint(inner, y, ends, rtol=rtol, atol=atol, method="dopri5", options=options)
-    except AssertionError as error:  # its way of saying that a step is too small to change the clock
-        raise InputError(
-            f"adaptive Dormand–Prince needs steps too small for {y.dtype} between {start:g} and {stop:g}: raise rtol "
-            f"and atol ({rtol:g}, {atol:g}), or use a state of more precision ({error})"
-        ) from error
+    except AssertionError as error:  # its way of saying that a step no longer changes the clock
+        raise too_small(error) from error
     clocks = [start, *(s for s, _, _ in steps[1:]), stop]
     return Accepted(clocks, [*(y for _, y, _ in steps[1:]), found[-1]], max(size for *_, size in steps[-2:]))
 
@@ -186,6 +193,7 @@ class AdaptiveDormandPrince(Solver):
             atol=self.atol,
             first_step=first_step,
             max_steps=self.max_steps,
+            where=lambda s: f"t = {node(s).t:g}",
         )
         times = [node(s).t for s in clocks[1:]]
         return times, [rescaled(y, form.scale(t)) for y, t in zip(ys, times, strict=True)], last
