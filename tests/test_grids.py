@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from backdrift.denoiser import Denoiser
 from backdrift.errors import InputError
 from backdrift.grids import RULES, TimeGrid
+from backdrift.sampling import sample
 from backdrift.schedules import EDM, VP, Flow
-from problems import SCHEDULES, scaled_linear_table
+from backdrift.solvers import DPMSolver, Midpoint
+from problems import SCHEDULES, GaussianNetwork, condition, scaled_linear_table, start_state
 
 ENDS = {
     "linear": (1.0, 0.01),
@@ -35,6 +38,38 @@ def test_spacing_is_the_rules(rule: str, name: str) -> None:
     }[rule]
     steps = clock.diff()
     torch.testing.assert_close(steps, steps.mean().expand_as(steps), rtol=1e-9, atol=1e-12)
+
+
+# Where alpha is 0 at the start, or sigma at the end, a rule that counts in log noise has no nodes.
+WITH_DEFAULTS = [(r, n) for r in RULES for n in SCHEDULES if n != "flow" or r in ("uniform", "quadratic")]
+
+
+@pytest.mark.parametrize(("rule", "name"), WITH_DEFAULTS)
+def test_default_ends_are_the_schedules_and_are_met_exactly(rule: str, name: str) -> None:
+    schedule = SCHEDULES[name]
+    nodes = TimeGrid(rule, steps=7).nodes(schedule)
+    assert (nodes[0].item(), nodes[-1].item(), len(nodes)) == (schedule.start, schedule.end, 8)
+    assert TimeGrid(rule, steps=1).nodes(schedule).tolist() == [schedule.start, schedule.end]
+    if schedule.end != schedule.t_clean:
+        nodes = TimeGrid(rule, steps=7, clean_end=True).nodes(schedule)
+        assert (nodes[-2].item(), nodes[-1].item(), len(nodes)) == (schedule.end, schedule.t_clean, 8)
+        assert (schedule.alpha(nodes[-1]), schedule.sigma(nodes[-1])) == (1.0, 0.0)
+
+
+# Equal steps in t say little on EDM: they are as long as the range, t < 1 of 80, where its sample is decided.
+@pytest.mark.parametrize(("rule", "name"), [case for case in WITH_DEFAULTS if case != ("uniform", "edm")])
+def test_runs_from_end_to_end_reach_the_known_sample(rule: str, name: str) -> None:
+    """From the schedule's noisiest time to sigma = 0, on Gaussian data, with the prediction usual there."""
+    schedule = SCHEDULES[name]
+    prediction = {"edm": "sample", "flow": "flow_prediction", "cosine": "v_prediction"}.get(name, "epsilon")
+    network = GaussianNetwork(schedule, prediction)
+    grid = TimeGrid(rule, steps=80, clean_end=schedule.end != schedule.t_clean)
+    x, cond = start_state(schedule, schedule.start), condition()
+    solver = Midpoint() if name == "flow" else DPMSolver(2)
+    with torch.no_grad():
+        found = sample(Denoiser(network, schedule, prediction), x, cond, solver=solver, grid=grid).x0
+        true = network.solution(x, cond, schedule.start, schedule.t_clean)
+    assert float((found - true).norm() / true.norm()) < 0.02
 
 
 def test_karras_is_edms_table() -> None:
