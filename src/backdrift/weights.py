@@ -34,7 +34,7 @@ def adapter_layers(modules: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, 
 
 
 def _adapts(layer: nn.Module) -> bool:
-    return "merged_adapters" in layer.__dict__ or _class_adapts(type(layer))
+    return "merged_adapters" in layer.__dict__ or _class_adapts(type(layer))  # type: ignore[arg-type]  # a class is hashable
 
 
 @cache
