@@ -448,23 +448,14 @@ def test_what_is_no_pipeline_is_refused() -> None:
         bd.differentiable(OnnxStableDiffusionPipeline())
 
 
-def test_offloading_hooks_and_caches_are_refused() -> None:
+def test_offloading_hooks_are_refused() -> None:
     from accelerate.hooks import ModelHook, add_hook_to_module
-    from diffusers import PyramidAttentionBroadcastConfig
 
     pipe = tiny_sd()
     run = bd.differentiable(pipe)
     add_hook_to_module(pipe.unet, ModelHook())
     with pytest.raises(UnsupportedError, match="remove_all_hooks"):
         run(**call_arguments(pipe)[0])
-    pipe = tiny_flux()
-    pipe.transformer.enable_cache(
-        PyramidAttentionBroadcastConfig(
-            spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
-        )
-    )
-    with pytest.raises(UnsupportedError, match="disable_cache"):
-        bd.differentiable(pipe)
 
 
 def test_other_refusals_say_what_to_do() -> None:

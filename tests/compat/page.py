@@ -17,6 +17,7 @@ MODULES = (
     "test_targets",
     "test_precision_and_layout",
     "test_processors",
+    "test_caches",
 )
 
 HEAD = """\

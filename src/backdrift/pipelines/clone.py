@@ -9,10 +9,12 @@ from typing import Any
 from torch import nn
 
 from .draws import Noise, checking
+from .forwards import own_forwards
 from .modular import guiders, is_modular, with_twin_blocks
 from .outputs import unclamped
 from .refusals import image_processors, plain_class
 from .shadow import copied_scheduler, networks, shadow
+from .states import own_hooks
 from .twins import twin
 
 
@@ -38,7 +40,10 @@ def clone_of(
     # Straight into __dict__: the pipeline's __setattr__ would edit the configuration that both share.
     own = clone.__dict__
     for name, module in networks(pipe).items():
-        own[name] = dress(name, shadow(module, trained))
+        ours = shadow(module, trained)
+        own_forwards(module, ours)
+        own_hooks(module, ours)
+        own[name] = dress(name, ours)
         if noise is not None and name.startswith(("unet", "transformer")):
             own[name].forward = checking(own[name].forward, noise)
     for name, value in list(own.items()):

@@ -21,12 +21,13 @@ from ..weights import Adapters
 from .calls import PipelineCall
 from .draws import Noise, checking, drawing
 from .endings import Ending, ending_of
-from .forwards import check_networks
+from .forwards import check_networks, own_forwards
 from .modular import guiders, is_modular, with_twin_blocks
 from .outputs import SafetyBeside, first_tensor, to_pil, unclamped, with_flags
 from .reach import check_reached, wanted
 from .refusals import check_components, check_pipeline, image_processors, plain_class
 from .shadow import Train, copied_scheduler, networks, shadow, trained_parameters
+from .states import check_states, own_hooks, remembered
 from .steps import check_numbers, check_steps
 from .targets import numbers, with_targets
 from .trainable import check_trainable
@@ -113,6 +114,7 @@ class DifferentiableRun:
         check_components(pipe)
         check_steps(pipe)
         check_networks(pipe)
+        check_states(pipe)
         self.pipe, self.clamp, self.noise = pipe, clamp, noise
         self.stats = RunStats()
         trained = trained_parameters(pipe, train)
@@ -152,6 +154,7 @@ class DifferentiableRun:
         check_components(self.pipe)
         check_steps(self.pipe)
         check_networks(self.pipe)
+        check_states(self.pipe)
         start = time.perf_counter()
         ending = ending_of(plain_class(type(self.pipe)), self.clamp)
         call = PipelineCall.of(self.pipe, args, kwargs, ending.output_type if ending is not None else "pt")
@@ -208,7 +211,10 @@ class DifferentiableRun:
         own = clone.__dict__
         users = Adapters(list(parts.items()))
         for name, module in parts.items():
-            own[name] = self._planned(name, shadow(module, trained), users, ending)
+            ours = shadow(module, trained)
+            own_forwards(module, ours)
+            own_hooks(module, ours)
+            own[name] = self._planned(name, ours, users, ending)
             if noise is not None and name.startswith(("unet", "transformer")):
                 own[name].forward = checking(own[name].forward, noise)
         for name, value in list(own.items()):
@@ -248,7 +254,10 @@ class DifferentiableRun:
 
         @wraps(fn)
         def planned(*args: Any, **kwargs: Any) -> Any:
-            return ledger.call(fn, *args, modules=modules, owned=True, role=role, check=users.check, **kwargs)
+            run, state = fn, remembered(module)
+            if state is not None:
+                run, args = state.around(fn), (state.tensors, *args)
+            return ledger.call(run, *args, modules=modules, owned=True, role=role, check=users.check, **kwargs)
 
         return planned
 

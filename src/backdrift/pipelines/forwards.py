@@ -1,12 +1,17 @@
-"""Networks and attention processors whose own code cuts the graph, found before a pipeline samples."""
+"""Code that a user has put into a network: attention processors, and functions in place of a layer's ``forward``.
+
+What cuts the graph, or keeps state that a run cannot follow, is found before a pipeline samples. Functions that only
+call layers are followed: a run's shadow network gets them once more, on its own layers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from types import FunctionType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import UnsupportedError
@@ -14,19 +19,79 @@ from .refusals import reached
 from .shadow import networks
 from .twins import is_no_grad, names
 
+_PLAIN = (bool, int, float, str, type, torch.dtype, torch.device, torch.Size)
 _CUTS = ("detach", "no_grad", "inference_mode")
 # Of positions and tables only, or steps that are taken once, before anything is sampled.
 _HARMLESS = {"fuse_projections", "pos_embed", "get_processor", "set_processor"}
 
 
 def check_networks(pipe: Any) -> None:
-    """Refuse a pipeline one of whose attention processors cuts the graph.
+    """Refuse a pipeline with an attention processor that cuts the graph, or a ``forward`` that keeps state.
 
     Raises:
-        UnsupportedError: naming the layer, the processor's class and what it does.
+        UnsupportedError: naming the layer, the class of what is in the way, and what to do.
     """
     for key, module in networks(pipe).items():
         _check_processors(key, module)
+        inside = {id(child) for child in module.modules()}
+        for name, _, function in patched(module):
+            stranger = next(_strangers(function, inside, set()), None)
+            if stranger is not None:
+                where = ".".join(part for part in (key, name) if part)
+                raise UnsupportedError(
+                    f"{where} has a forward of its own that keeps a {type(stranger).__name__}, as DeepCache's do; what "
+                    f"it leaves there for the next call would be lost: take it off (del pipe.{where}.forward, or the "
+                    "helper's disable()), or use diffusers' FirstBlockCacheConfig"
+                )
+
+
+def patched(module: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+    """Name, layer and function where a function stands in place of a layer's ``forward``, hooks' left out."""
+    for name, child in module.named_modules():
+        own = child.__dict__
+        if isinstance(own.get("forward"), FunctionType) and "_hf_hook" not in own:
+            yield name, child, own["forward"]
+
+
+def own_forwards(original: nn.Module, ours: nn.Module) -> None:
+    """Point the functions in place of a shadow's ``forward`` at the shadow's layers."""
+    functions = list(patched(original))
+    if functions:
+        memo = {id(theirs): mine for theirs, mine in zip(original.modules(), ours.modules(), strict=True)}
+        for _, child, function in functions:
+            memo[id(child)].forward = _rebound(function, memo)
+
+
+def _strangers(value: Any, inside: set[int], seen: set[int]) -> Iterator[Any]:
+    """What a function closes over that is neither a plain value nor one of the network's layers."""
+    if value is None or isinstance(value, _PLAIN) or id(value) in inside or id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, MethodType):
+        yield from _strangers(value.__self__, inside, seen)
+    elif isinstance(value, FunctionType):
+        for cell in value.__closure__ or ():
+            yield from _strangers(cell.cell_contents, inside, seen)
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _strangers(item, inside, seen)
+    else:
+        yield value
+
+
+def _rebound(value: Any, memo: dict[int, Any]) -> Any:
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, MethodType):
+        return MethodType(value.__func__, _rebound(value.__self__, memo))
+    if isinstance(value, tuple):
+        return tuple(_rebound(item, memo) for item in value)
+    if not isinstance(value, FunctionType) or not value.__closure__:
+        return value
+    cells = tuple(CellType(_rebound(cell.cell_contents, memo)) for cell in value.__closure__)
+    ours = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
+    ours.__kwdefaults__ = value.__kwdefaults__
+    return ours
 
 
 def _check_processors(key: str, module: nn.Module) -> None:

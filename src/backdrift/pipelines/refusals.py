@@ -110,27 +110,16 @@ def check_components(pipe: Any) -> None:
     """Refuse what the present state of the components rules out.
 
     Raises:
-        UnsupportedError: offloading or dispatch hooks, diffusers hooks, or caches that carry one step's
-            activations into the next.
+        UnsupportedError: offloading or dispatch hooks.
     """
     for key, module in vars(pipe).items():
         if not isinstance(module, nn.Module):
             continue
-        if getattr(module, "is_cache_enabled", False):
-            raise UnsupportedError(
-                f"{key} has a cache over the steps, so its calls depend on each other: {key}.disable_cache()"
-            )
         for child in module.modules():
             if "_hf_hook" in child.__dict__:
                 raise UnsupportedError(
                     f"{key} has offloading or dispatch hooks, which move weights between the forward and the "
                     "backward pass; call pipe.remove_all_hooks() and move the pipeline to one device"
-                )
-            hooks = getattr(child.__dict__.get("_diffusers_hook"), "hooks", None)
-            if hooks:
-                raise UnsupportedError(
-                    f"{key} has diffusers hooks ({', '.join(hooks)}), which replace weights or results "
-                    "behind a call; remove them first"
                 )
 
 

@@ -157,7 +157,7 @@ def _copied(own: dict[str, Any], key: str, value: Any) -> bool:
     """Copy an attribute into ``own`` if that takes no more than its top level."""
     if key == "_buffers" or key.endswith("_hooks") or "_hooks_" in key:
         own[key] = value.copy()
-    elif key in ("config", "_internal_dict") or (
+    elif key in ("config", "_internal_dict", "_diffusers_hook") or (
         type(value) is tuple and all(item is None or type(item) in _PLAIN for item in value)
     ):
         own[key] = value
