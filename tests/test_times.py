@@ -211,7 +211,7 @@ def test_what_gives_no_gradient_by_times_says_so() -> None:
     times = torch.tensor([0.9, 0.5, 0.2], dtype=torch.float64, requires_grad=True)
     with pytest.raises(UnsupportedError, match="plain numbers"):
         loss("linear", times, Plain(), solver=DEIS(2))
-    with pytest.raises(UnsupportedError, match="plain numbers"):
+    with pytest.raises(UnsupportedError, match="no derivative by the grid's times"):
         loss("linear", times, Exact("min"), solver=Ancestral(), seed=0)
     loss("linear", times, ContinuousAdjoint(Heun()), solver=DEIS(2)).backward()
     assert times.grad is not None
