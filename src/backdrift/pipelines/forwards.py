@@ -120,6 +120,7 @@ def _found(cls: Any, start: str) -> Iterator[tuple[str, str]]:
     if is_no_grad(first):
         yield start, "no_grad"
     for where, code in reached(cls, start):
-        if where not in _HARMLESS:
+        inherited = getattr(nn.Module, where, None)  # what moves or casts a module is torch's own
+        if where not in _HARMLESS and (inherited is None or getattr(cls, where, None) is not inherited):
             used = set(names(code))
             yield from ((where, cut) for cut in _CUTS if cut in used)
