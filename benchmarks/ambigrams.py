@@ -26,7 +26,7 @@ from backdrift.recipes.ambigram import CALLS, Jittered, ambigram
 from backdrift.recipes.one_step import OneStep, guide_one_step
 from backdrift.recipes.reading import reads_both_ways
 
-from .clean import is_clean, limits
+from .clean import NAMES, Usual
 
 TUNING, TESTED, PLAIN = (100, 101, 102), tuple(range(20)), range(200, 264)
 PAIRS = (("four", "seven"), ("three", "five"), ("two", "seven"), ("five", "four"))
@@ -56,10 +56,10 @@ class Success:
                 pipe([prompt_of(pair)] * len(part), latents=part, output_type="pt", **CALL).images
                 for part in noise.split(16)
             ]
-        self.limit = limits(torch.cat(plain))
+        self.usual = Usual.of(torch.cat(plain))
 
     def __call__(self, pictures: Tensor) -> dict[str, list[bool]]:
-        reads, clean = reads_both_ways(pictures, self.reader), is_clean(pictures, self.limit)
+        reads, clean = reads_both_ways(pictures, self.reader), self.usual.clean(pictures)
         return {"reads": reads.tolist(), "clean": clean.tolist(), "succeeds": (reads & clean).tolist()}
 
 
@@ -138,7 +138,7 @@ def measure(pipe: Any, tuned: dict[str, Any], folder: Path) -> dict[str, Any]:
             "counts": counts,
             "calls": run.record["figures"][CALLS],
             "tries of one-step guidance": run.record["figures"]["one-step guidance: tries"],
-            "limits of clean": success.limit.tolist(),
+            "limits of clean": dict(zip(NAMES, success.usual.limits.tolist(), strict=True)),
             "seconds of the gradient's descent": run.record["stats"]["seconds"],
         },
         "figures": [

@@ -13,7 +13,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
 
 from benchmarks.ambigram_picture import GAP, HEIGHT, draw, panels
-from benchmarks.clean import is_clean, limits, measures
+from benchmarks.clean import Usual, measures
 from benchmarks.inversion import met, row
 from training.judge import SIDE, ShapeJudge, drawn, ink
 from training.scenes import DIGITS
@@ -33,33 +33,42 @@ def bar() -> Tensor:
     return WHITE[:, None, None] * (1 - weight) + RED[:, None, None] * weight
 
 
-def test_a_picture_of_two_colours_and_what_lies_between_is_clean() -> None:
-    assert torch.allclose(measures(bar()[None]), torch.zeros(1, 3, dtype=torch.float64), atol=1e-6)
+def found(*pictures: Tensor) -> Tensor:
+    return measures(torch.stack(pictures), WHITE, RED)
 
 
 def test_each_measure_is_the_number_it_says() -> None:
-    green, uneven, loose = bar(), bar(), bar()
+    tinted, dark, green, smeared, loose = (bar() for _ in range(5))
+    tinted -= torch.tensor([0.0, 0.2, 0.0])[:, None, None] * (tinted[:1] > 0.99)
+    dark[:, 8:24, 12:20] = 0.5 * RED[:, None, None]
     green[:, 16, 16] += torch.tensor([0.2, -0.1, 0.0])
-    uneven[:, 0, :] -= 0.25  # 32 of the frame's 4 * 28 * 4 pixels
-    # 8 pixels beside the bar's 16 * 8, whose rim is not over a half
+    smeared[:, 28:30, 4:12] = (WHITE * 0.7 + RED * 0.3)[:, None, None]
     loose[:, 10:14, 26:28] = RED[:, None, None]
-    found = measures(torch.stack([green, uneven, loose]))
-    # The bar's colour is the mean of its inked pixels, which the one green pixel hardly moves.
     line = (RED - WHITE) / (RED - WHITE).norm()
-    added = torch.tensor([0.2, -0.1, 0.0])
-    off = (added - (added @ line) * line).norm() / 32
-    assert found[0, 0].item() == pytest.approx(off.item(), rel=0.02)
-    assert found[1, 1].item() == pytest.approx((32 * 3 * 0.25**2 / 448) ** 0.5, rel=1e-5)
-    assert found[2, 2].item() == pytest.approx(8 / (16 * 8 + 8), rel=1e-6)
-    assert max(found[0, 2], found[2, 0], found[2, 1]) < 1e-6
+    beside = torch.tensor([0.2, -0.1, 0.0])
+    beside = beside - (beside @ line) * line  # what of it is off the line
+    plain, rows = found(bar())[0], found(tinted, dark, green, smeared, loose)
+    rim = 18 * 10 - 16 * 8  # exactly half way, hence between the two
+    assert plain.tolist() == pytest.approx([0, 0, 0, rim / 128, 0], abs=1e-6)
+    assert rows[0, 0].item() == pytest.approx(0.2, rel=1e-5)
+    assert rows[1, 1].item() == pytest.approx(0.5 * RED.norm().item(), rel=1e-5)
+    assert rows[2, 2].item() == pytest.approx(beside.norm().item() / 32, rel=0.02)  # one pixel of 32 * 32
+    assert rows[3, 3].item() == pytest.approx((rim + 16) / 128, rel=1e-6)
+    assert rows[4, 4].item() == pytest.approx(8 / (128 + 8), rel=1e-6)
+    for i in (0, 4):  # the measures do not answer for each other
+        for j in {0, 1, 4} - {i}:
+            assert rows[i, j].item() == pytest.approx(0, abs=1e-6)
 
 
 def test_clean_means_no_worse_than_the_worst_of_the_others() -> None:
-    worse, worst = bar(), bar()
-    worse[:, 0, :] -= 0.1
-    worst[:, 0, :] -= 0.2
-    limit = limits(torch.stack([bar(), worse]))
-    assert is_clean(torch.stack([bar(), worse, worst]), limit).tolist() == [True, True, False]
+    def with_loose(pixels: int) -> Tensor:
+        picture = bar()
+        picture[:, 10 : 10 + pixels, 26] = RED[:, None]
+        return picture
+
+    usual = Usual.of(torch.stack([bar(), with_loose(4)]))
+    pictures = torch.stack([bar(), with_loose(4), with_loose(5), bar() * 0.9])
+    assert usual.clean(pictures).tolist() == [True, True, False, False]
 
 
 # -- the judge ----------------------------------------------------------------------------------------------
