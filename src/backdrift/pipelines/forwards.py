@@ -109,7 +109,7 @@ def _check_processors(key: str, module: nn.Module) -> None:
 
 @cache
 def _cuts(cls: Any) -> tuple[tuple[str, str], ...]:
-    start = "forward" if isinstance(cls, type) and issubclass(cls, nn.Module) else "__call__"
+    start = "forward" if cls.__call__ is nn.Module.__call__ else "__call__"
     return tuple(_found(cls, start))
 
 
