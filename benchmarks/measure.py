@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import platform
@@ -59,6 +60,13 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
         live += change
         peak = max(peak, live)
     return peak
+
+
+def host_bytes() -> int:
+    """Resident bytes of this process, after what its allocator holds in reserve has been given back (Linux)."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def machine(device: torch.device) -> dict[str, Any]:

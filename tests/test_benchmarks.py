@@ -15,7 +15,7 @@ pytest.importorskip("torchdiffeq")
 
 from benchmarks import figures as readme
 from benchmarks.exact_gradient import compare, main
-from benchmarks.measure import MALLOC, machine, peak_bytes
+from benchmarks.measure import MALLOC, host_bytes, machine, peak_bytes
 from benchmarks.methods import plain, torchdiffeq
 from benchmarks.problem import GUIDANCE, SMALL, Problem
 from benchmarks.record import Figures, Record
@@ -203,3 +203,32 @@ def test_the_readme_holds_the_results_and_nothing_else() -> None:
 def test_a_readme_without_markers_is_refused() -> None:
     with pytest.raises(ValueError, match="<!-- figures -->"):
         readme.current("no table here")
+
+
+def test_the_pipelines_four_ways_give_the_same_bits_in_bounded_memory(tmp_path: Path) -> None:
+    from benchmarks.pipeline import NAMES, rows
+    from benchmarks.pipeline import main as pipeline
+
+    out = tmp_path / "pipeline.json"
+    assert (
+        pipeline(["--small", "--steps", "3", "--repeats", "1", "--memory-steps", "2", "6", "--out", str(out)])
+        == 0
+    )
+    data = json.loads(out.read_text())
+    assert len(data["times"]) == 2 * len(NAMES)
+    assert all(cell["bits_equal"] for cell in data["times"])
+    calls = {(cell["wants"], cell["method"]): cell["calls"] for cell in data["times"]}
+    # The decoder is large beside so small a network: at "min" every network call is redone.
+    assert [calls[wants, name] for wants in ("all", "x_T") for name in ("max", "min")] == [3, 6, 3, 6]
+    record = Record(out, data["machine"], data["settings"])
+    ends = ("every weight and input", "the noise")
+    assert all(what.endswith(end) for (what, _), end in zip(rows(record), ends, strict=True))
+
+
+def test_host_bytes_see_what_is_kept_and_what_is_given_back() -> None:
+    before = host_bytes()
+    kept = [bytearray(os.urandom(1000)) for _ in range(20_000)]
+    risen = host_bytes() - before
+    assert risen == pytest.approx(20e6, rel=0.3)
+    del kept
+    assert host_bytes() - before < risen / 2
