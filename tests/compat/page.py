@@ -18,6 +18,8 @@ MODULES = (
     "test_precision_and_layout",
     "test_processors",
     "test_caches",
+    "test_modular",
+    "test_own_noise",
 )
 
 HEAD = """\

@@ -1,7 +1,7 @@
 """Pipelines that finish their pictures themselves: ``.clamp(0, 1)`` and ``.numpy()`` in their own code.
 
 Most pipelines leave that to an image processor, which can be exchanged. For the others, what their own functions
-do to a tensor that requires grad is watched: the clamp is left out unless it is asked for, and a tensor that is about
+do to a tensor is watched: the clamp is left out unless it is asked for, and a tensor that is about
 to become an array is kept, to be given back in its place.
 """
 
@@ -47,7 +47,7 @@ class Ending(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.numpy or func in _CLAMPS:
             tensor: Any = args[0] if args else kwargs.get("input")
-            if tensor.requires_grad and sys._getframe(1).f_code in self._codes:
+            if sys._getframe(1).f_code in self._codes:
                 if func is Tensor.numpy:
                     self.kept = tensor
                     return tensor.detach().numpy()
