@@ -257,7 +257,9 @@ class DifferentiableRun:
             run, state = fn, remembered(module)
             if state is not None:
                 run, args = state.around(fn), (state.tensors, *args)
-            return ledger.call(run, *args, modules=modules, owned=True, role=role, check=users.check, **kwargs)
+            return ledger.call(
+                run, *args, modules=modules, owned=True, role=role, check=users.check, **kwargs
+            )
 
         return planned
 
