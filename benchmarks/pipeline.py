@@ -126,7 +126,7 @@ class Bench:
         self.size = SMALL if options.small else FULL
 
     def run(self) -> None:
-        for wants in WANTS:
+        for wants in self.options.wants:
             problem = PipelineProblem(self.size, wants)
             for steps in self.options.memory_steps:
                 self._memory(problem, steps, "min")
@@ -213,6 +213,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--memory-steps", type=int, nargs="+", default=[4, 31])
+    parser.add_argument("--wants", nargs="+", choices=WANTS, default=list(WANTS), help="gradients for what")
     parser.add_argument("--small", action="store_true", help="a tiny network; proves nothing")
     parser.add_argument("--out", type=Path, default=None)
     chosen = parser.parse_args(arguments)

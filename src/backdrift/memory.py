@@ -163,6 +163,12 @@ class Ledger:
         self._note()
         return out
 
+    def follow(self, plan: MemoryPlan) -> None:
+        """Another plan, for the calls from here on."""
+        if plan != self.plan:
+            self.plan = plan
+            self.budget = self._limit = plan.budget
+
     @contextmanager
     def run(self) -> Iterator[None]:
         """Around one sampling run: :meth:`begin` and :meth:`finish`.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 import time
 from contextlib import nullcontext
 from contextvars import ContextVar, Token
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from types import MappingProxyType, TracebackType
 from typing import Any
 
@@ -16,22 +15,27 @@ from torch import nn
 
 from ..errors import InputError, MissingGradientError, UnsupportedError
 from ..memory import Ledger, MemoryPlan, Role
+from ..planning.choices import Choices
+from ..planning.plan import Plan
 from ..stats import RunStats
 from ..weights import Adapters
 from .calls import PipelineCall
-from .draws import Noise, checking, drawing
+from .choosing import Chooser
+from .clone import clone_of
+from .draws import Noise, drawing
 from .endings import Ending, ending_of
-from .forwards import check_networks, own_forwards
-from .modular import guiders, is_modular, with_twin_blocks
-from .outputs import SafetyBeside, first_tensor, to_pil, unclamped, with_flags
+from .forwards import check_networks
+from .outputs import SafetyBeside, first_tensor, to_pil, with_flags
+from .parallel import after_call, before_call, check_parallel
+from .parts import divide, in_parts, parts_of
 from .reach import check_reached, wanted
-from .refusals import check_components, check_pipeline, image_processors, plain_class
-from .shadow import Train, copied_scheduler, networks, shadow, trained_parameters
-from .states import check_states, own_hooks, remembered
+from .refusals import check_components, check_pipeline, plain_class
+from .rehearsal import role_of
+from .shadow import Train, networks, trained_parameters
+from .states import check_states, remembered
 from .steps import check_numbers, check_steps
 from .targets import numbers, with_targets
 from .trainable import check_trainable
-from .twins import twin
 
 __all__ = ["DifferentiableRun", "differentiable"]
 
@@ -43,10 +47,11 @@ _CHECKED: set[Any] = set()  # calls whose inputs were all found in their graphs
 
 def differentiable(
     pipe: Any,
-    memory: MemoryPlan | str | int = "auto",
+    memory: Plan | Choices | MemoryPlan | str | int = "auto",
     train: Train = None,
     clamp: bool = False,
     noise: torch.Tensor | None = None,
+    loss: Any = None,
 ) -> DifferentiableRun:
     """Make calls of a diffusers pipeline differentiable, exactly, in bounded memory.
 
@@ -60,12 +65,16 @@ def differentiable(
     Args:
         pipe: any diffusers pipeline, ordinary or modular.
         memory: ``"min"`` (one network call's activations at a time), ``"max"`` (plain autograd), ``"auto"``
-            (from what is free), a number of bytes, or a size such as ``"6GiB"``.
+            (from what is free); a number of bytes or a size such as ``"6GiB"``, for everything on the device, the
+            weights too: the fastest way within it is planned (:func:`~backdrift.plan`) and followed; or such a
+            plan, or its ``choices``.
         train: which weights get gradients: None, a component's name, ``"lora"`` (the active adapters of all
             components, text encoders included), a pattern such as ``"unet.*attn2*"``, or several of these.
         clamp: end in diffusers' own clamp to [0, 1], which has no gradient where pictures are saturated.
         noise: takes the place of the pipeline's own first random draw of this shape, for pipelines without
             ``latents=``; before the scheduler scales it. Other draws stay as they are.
+        loss: what will score the pictures, as in :func:`~backdrift.plan`: room is left for it in a budget. It is
+            not called.
 
     Returns:
         The run. Inside it every call returns the pipeline's usual output with a tensor in it, whatever
@@ -86,7 +95,7 @@ def differentiable(
         >>> loss(images).backward()
         >>> run.stats
     """
-    return DifferentiableRun(pipe, memory=memory, train=train, clamp=clamp, noise=noise)
+    return DifferentiableRun(pipe, memory=memory, train=train, clamp=clamp, noise=noise, loss=loss)
 
 
 class DifferentiableRun:
@@ -105,10 +114,11 @@ class DifferentiableRun:
         self,
         pipe: Any,
         *,
-        memory: MemoryPlan | str | int = "auto",
+        memory: Plan | Choices | MemoryPlan | str | int = "auto",
         train: Train = None,
         clamp: bool = False,
         noise: torch.Tensor | None = None,
+        loss: Any = None,
     ) -> None:
         check_pipeline(pipe)
         check_components(pipe)
@@ -119,9 +129,11 @@ class DifferentiableRun:
         self.stats = RunStats()
         trained = trained_parameters(pipe, train)
         check_trainable(pipe, trained)
+        check_parallel(pipe, trained)
         self.trained = tuple(trained)
         self._train = train
-        self._ledger = Ledger(memory, stats=self.stats, defer=True)
+        self._chooser = Chooser(pipe, memory, train, clamp, loss)
+        self._ledger = Ledger(self._chooser.memory, stats=self.stats, defer=True)
         self._tokens: list[Token[Any]] = []
         self._pictures: torch.Tensor | None = None
         self._flags: list[bool] | None = None
@@ -160,11 +172,16 @@ class DifferentiableRun:
         call = PipelineCall.of(self.pipe, args, kwargs, ending.output_type if ending is not None else "pt")
         noise = None if self.noise is None else Noise(self.noise)
         arguments = call.arguments | ({} if noise is None else {"noise": noise.tensor})
-        clone, safety = self._clone(ending, noise)
+        choices, followed = self._chooser.choose(args, kwargs, self.noise)
+        self._ledger.follow(followed)
+        clone, safety = self._clone(ending, noise, choices)
         # A user's no_grad around the call is meant: it samples as cheaply as ever, and returns a tensor.
         inputs = wanted(arguments) if torch.is_grad_enabled() else {}
         check_numbers(inputs)
         with_targets(call)
+        weights = trained_parameters(self.pipe, self._train)
+        check_parallel(self.pipe, weights)
+        before_call(self.pipe, weights)
         with self._ledger.run(), drawing(noise), nullcontext() if ending is None else ending:
             out = call.run(clone)
         if noise is not None:
@@ -172,12 +189,18 @@ class DifferentiableRun:
         out = out if ending is None else ending.in_place_of_arrays(out)
         out = with_flags(out, safety.flags if safety is not None else None)
         result = first_tensor(out)
+        after_call(self.pipe, weights, result)
         if torch.is_grad_enabled():
             self._check_result(result, inputs, arguments)
         self._pictures = None if call.latent or result is None else result.detach()
         self._flags = safety.flags if safety is not None else None
         self.stats.seconds_forward += time.perf_counter() - start
         return out
+
+    @property
+    def plan(self) -> Plan | None:
+        """What was chosen for the last call, and why; None unless ``memory`` is a size or a plan."""
+        return self._chooser.plan
 
     @property
     def pil(self) -> list[Any]:
@@ -199,67 +222,58 @@ class DifferentiableRun:
         name = plain_class(type(self.pipe)).__name__
         return f"DifferentiableRun({name}, memory={self._ledger.plan}, trained={len(self.trained)} weights)"
 
-    def _clone(self, ending: Ending | None, noise: Noise | None) -> tuple[Any, SafetyBeside | None]:
-        """The pipeline that really runs: the user's, on shadow networks, with a scheduler of its own."""
+    def _clone(
+        self, ending: Ending | None, noise: Noise | None, choices: Choices
+    ) -> tuple[Any, SafetyBeside | None]:
+        """The pipeline that really runs, its networks' calls under the memory plan."""
         weights = trained_parameters(self.pipe, self._train)
         check_trainable(self.pipe, weights)
+        users = Adapters(list(networks(self.pipe).items()))
+
+        def dress(name: str, module: nn.Module) -> nn.Module:
+            return self._planned(name, module, users, ending, choices)
+
         trained = {id(p) for p in weights.values()}
-        parts = networks(self.pipe)
-        clone = copy.copy(self.pipe)
-        clone.__class__ = twin(plain_class(type(self.pipe)))
-        # Straight into __dict__: the pipeline's __setattr__ would edit the configuration that both share.
-        own = clone.__dict__
-        users = Adapters(list(parts.items()))
-        for name, module in parts.items():
-            ours = shadow(module, trained)
-            own_forwards(module, ours)
-            own_hooks(module, ours)
-            own[name] = self._planned(name, ours, users, ending)
-            if noise is not None and name.startswith(("unet", "transformer")):
-                own[name].forward = checking(own[name].forward, noise)
-        for name, value in list(own.items()):
-            if name.endswith("scheduler") and hasattr(value, "step"):
-                own[name] = copied_scheduler(value)
-                if noise is not None:
-                    own[name].step = checking(own[name].step, noise)
-        if is_modular(type(self.pipe)):
-            own["_blocks"] = with_twin_blocks(self.pipe._blocks)
-            own |= {name: copied_scheduler(value) for name, value in guiders(self.pipe).items()}
-        if not self.clamp:
-            own |= {name: unclamped(p) for name, p in image_processors(self.pipe).items()}
-        if own.get("watermark") is not None:
-            own["watermark"] = None  # drawn in numpy, where gradients end
-        safety = None
+        clone = clone_of(self.pipe, trained, dress, clamp=self.clamp, noise=noise)
+        own, safety = clone.__dict__, None
         if own.get("safety_checker") is not None and hasattr(clone, "run_safety_checker"):
             safety = SafetyBeside(self.pipe.run_safety_checker)
             own["run_safety_checker"] = safety
         return clone, safety
 
-    def _planned(self, name: str, module: nn.Module, users: Adapters, ending: Ending | None) -> nn.Module:
+    def _planned(
+        self, name: str, module: nn.Module, users: Adapters, ending: Ending | None, choices: Choices
+    ) -> nn.Module:
         """The shadow with its calls under the memory plan."""
-        role: Role = "network"
-        if "encoder" in name or name in ("safety_checker", "image_projection"):
-            role = "other"
-        methods = ["forward"]
-        if hasattr(module, "decode") or hasattr(module, "encode"):
-            role = "decoder"
-            methods += [m for m in ("encode", "decode") if hasattr(module, m)]
+        role = role_of(name, module)
+        methods = ["forward", *(m for m in ("encode", "decode") if role == "decoder" and hasattr(module, m))]
+        if role != "other":
+            divide(module, role, choices)
         for method in methods:
-            planned = self._plan(getattr(module, method), name, module, role, users)
+            planned = self._plan(getattr(module, method), name, module, role, users, choices)
             setattr(module, method, planned if ending is None else ending.asleep(planned))
         return module
 
-    def _plan(self, fn: Any, name: str, module: nn.Module, role: Role, users: Adapters) -> Any:
+    def _plan(
+        self, fn: Any, name: str, module: nn.Module, role: Role, users: Adapters, choices: Choices
+    ) -> Any:
         ledger, modules = self._ledger, [(name, module)]
 
-        @wraps(fn)
-        def planned(*args: Any, **kwargs: Any) -> Any:
+        def call(role: Role, *args: Any, **kwargs: Any) -> Any:
             run, state = fn, remembered(module)
             if state is not None:
                 run, args = state.around(fn), (state.tensors, *args)
             return ledger.call(
                 run, *args, modules=modules, owned=True, role=role, check=users.check, **kwargs
             )
+
+        @wraps(fn)
+        def planned(*args: Any, **kwargs: Any) -> Any:
+            parts = parts_of(role, choices, args, kwargs)
+            if parts == 1 or not torch.is_grad_enabled():
+                return call(role, *args, **kwargs)
+            earlier: Role = "decoder part" if role == "decoder" else "network part"
+            return in_parts(partial(call, earlier), partial(call, role), parts, args, kwargs)
 
         return planned
 

@@ -10,7 +10,34 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
+
+from .. import blocks
+from ..planning.choices import Choices
+
+
+def divide(module: nn.Module, role: str, choices: Choices) -> None:
+    """Make the parts of a network of the run's own redo themselves, and its decoder work in tiles, as chosen."""
+    blocks.install(module, choices.decoder if role == "decoder" else choices.network)
+    inner = getattr(module, "decoder", None)
+    if (
+        role == "decoder"
+        and choices.decode == "tiles"
+        and hasattr(module, "use_tiling")
+        and inner is not None
+    ):
+        module.use_tiling = True  # type: ignore[assignment]
+        blocks.wrap("decoder", inner)
+
+
+def parts_of(role: str, choices: Choices, args: Any, kwargs: Any) -> int:
+    """In how many parts a call is made."""
+    if role == "network" and choices.guidance == "apart":
+        return 2
+    if role == "decoder" and choices.decode == "sample":
+        return rows_of(pytree.tree_leaves((args, kwargs)))
+    return 1
 
 
 def rows_of(leaves: list[Any]) -> int:

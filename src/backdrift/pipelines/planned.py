@@ -108,9 +108,19 @@ def plan(
     return make_plan(job, budget, tiles=tiles, offload=offload, fixed=choices)
 
 
-def count_job(pipe: Any, arguments: dict[str, Any], train: Train, loss: Any, states: int) -> Job:
+def count_job(
+    pipe: Any,
+    kwargs: dict[str, Any],
+    train: Train,
+    loss: Any,
+    states: int,
+    *,
+    args: tuple[Any, ...] = (),
+    clamp: bool = False,
+    noise: torch.Tensor | None = None,
+) -> Job:
     """The job of one call with its loss and, per trained weight, ``states`` tensors of optimizer state."""
-    job, pictures = rehearse(pipe, (), arguments, train)
+    job, pictures = rehearse(pipe, args, kwargs, train, clamp=clamp, noise=noise)
     scored, notes = count_loss(loss, pictures) if loss is not None and pictures is not None else (None, ())
     return dataclasses.replace(job, loss=scored, state=states * job.gradients, notes=notes)
 

@@ -118,7 +118,9 @@ class _Stage:
     def play(self, call: PipelineCall) -> Rehearsal:
         with torch.enable_grad(), self.count:
             noise = None if self.given_noise is None else Noise(zeros_like(self.given_noise))
+            self.count.paused = True  # weights are counted by component
             clone = self._clone(noise)
+            self.count.paused = False
             stand_in_call(call)
             with_targets(call)
             with drawing(noise), nullcontext() if self.ending is None else self.ending:
@@ -130,7 +132,7 @@ class _Stage:
             del out, clone, noise
             call.bound.arguments.clear()
             if result is not None and result.requires_grad:
-                result.backward(torch.ones_like(result))
+                result.sum().backward()
         job = Job(
             name=plain_class(type(self.pipe)).__name__,
             components=self._components(),

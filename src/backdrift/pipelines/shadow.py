@@ -28,12 +28,24 @@ Train = str | Sequence[str] | None
 
 
 def networks(pipe: Any) -> dict[str, nn.Module]:
-    """The pipeline's networks by attribute name, but for the safety checker; compiled ones uncompiled."""
+    """The pipeline's networks by attribute name, but for the safety checker; without wrappers around them."""
     return {
-        key: getattr(value, "_orig_mod", value)
+        key: unwrapped(value)
         for key, value in vars(pipe).items()
         if isinstance(value, nn.Module) and key != "safety_checker"
     }
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The network inside ``torch.compile``'s and ``DistributedDataParallel``'s wrappers."""
+    inner: Any = module
+    while True:
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif isinstance(inner, nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        else:
+            return inner
 
 
 def trained_parameters(pipe: Any, train: Train) -> dict[str, nn.Parameter]:

@@ -49,13 +49,16 @@ class Choices:
         return asdict(self)
 
 
-def candidates(job: Job, *, tiles: bool = False, offload: bool = True) -> Iterator[Choices]:
+def candidates(
+    job: Job, *, tiles: bool = False, offload: bool = True, micro: bool = True
+) -> Iterator[Choices]:
     """Every combination that can make a difference to this job, ``keep`` left open.
 
     Args:
         job: what is planned.
         tiles: whether decoding in tiles, which is not exact, is one.
         offload: whether there is a second place to move latents and weights to.
+        micro: whether the loss can be evaluated on a few pictures at a time.
     """
     networks, decoders = job.kinds("network"), job.kinds("decoder")
     halves = any(kind.rows % 2 == 0 for kind in networks)
@@ -66,7 +69,7 @@ def candidates(job: Job, *, tiles: bool = False, offload: bool = True) -> Iterat
         "decoder": list(LEVELS) if decoders else ["whole"],
         "guidance": ["together", *(["apart"] if halves else [])],
         "decode": ["batch", *(["sample"] if samples else []), *(["tiles"] if tiled else [])],
-        "loss": [None, *([1] if job.loss is not None and job.loss.rows > 1 else [])],
+        "loss": [None, *([1] if micro and job.loss is not None and job.loss.rows > 1 else [])],
         "latents": ["device", *(["cpu"] if offload and job.latents else [])],
         "weights": ["device", *(["offload"] if offload and len(job.components) > 1 else [])],
     }

@@ -170,6 +170,7 @@ def make_plan(
     *,
     tiles: bool = False,
     offload: bool = True,
+    micro: bool = True,
     fixed: Choices | None = None,
 ) -> Plan:
     """The fastest way to run ``job`` within ``budget`` bytes.
@@ -177,13 +178,13 @@ def make_plan(
     Args:
         job: from a rehearsal.
         budget: bytes of everything on the device; None: no limit.
-        tiles, offload: see :func:`~backdrift.planning.choices.candidates`.
+        tiles, offload, micro: see :func:`~backdrift.planning.choices.candidates`.
         fixed: take these choices and only count.
 
     Raises:
         BudgetError: nothing fits; names the smallest budget that works.
     """
-    tactics = tuple(candidates(job, tiles=tiles, offload=offload))
+    tactics = tuple(candidates(job, tiles=tiles, offload=offload, micro=micro))
     if fixed is not None:
         chosen: Option | None = option(job, fixed)
     elif budget is None:

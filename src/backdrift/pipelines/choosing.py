@@ -1,0 +1,153 @@
+"""What a run of ``differentiable`` does under a budget for everything: planned before its first call of each kind."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ..budget import MemoryPlan, format_size
+from ..errors import BudgetError, UnsupportedError
+from ..planning.choices import Choices
+from ..planning.job import Job
+from ..planning.meta import weight_bytes
+from ..planning.plan import Plan, make_plan
+from .planned import count_job
+from .shadow import Train, networks
+from .stand_in import alike
+
+_JOBS: weakref.WeakKeyDictionary[Any, dict[Any, Job]] = weakref.WeakKeyDictionary()
+_MOST = 8  # kinds of calls that are remembered of a pipeline
+
+
+class Chooser:
+    """Chooses how a pipeline's calls are run.
+
+    Args:
+        memory: of :func:`~backdrift.differentiable`; a plan or its choices are followed as they are.
+        loss: counted in the budget; see :func:`~backdrift.plan`.
+
+    Attributes:
+        plan: of the last call; None where nothing had to be planned, or could be.
+    """
+
+    def __init__(
+        self, pipe: Any, memory: Plan | Choices | MemoryPlan | str | int, train: Train, clamp: bool, loss: Any
+    ) -> None:
+        self._pipe, self._train, self._clamp, self._loss = pipe, train, clamp, loss
+        self.plan = memory if isinstance(memory, Plan) else None
+        self._fixed = (
+            memory.choices if isinstance(memory, Plan) else memory if isinstance(memory, Choices) else None
+        )
+        self.memory = MemoryPlan("min") if self._fixed is not None else MemoryPlan.parse(memory)  # type: ignore[arg-type]
+        _check_supported(self._fixed)
+
+    def choose(self, args: Any, kwargs: Any, noise: torch.Tensor | None) -> tuple[Choices, MemoryPlan]:
+        """How one call is run, and what its ledger follows.
+
+        Raises:
+            BudgetError: nothing fits; names the smallest budget that works.
+        """
+        if self._fixed is not None:
+            return self._fixed, _followed(self._fixed)
+        if self.memory.mode != "bytes" or not torch.is_grad_enabled():
+            return Choices(), self.memory
+        budget = self.memory.budget or 0
+        try:
+            job = self._job(args, kwargs, noise)
+        except UnsupportedError as problem:
+            return Choices(), self._unplanned(budget, problem)
+        # What moves things to another place or asks for a loss in parts is not done by a run.
+        self.plan = make_plan(job, budget, offload=False, micro=False)
+        return self.plan.choices, _followed(self.plan.choices)
+
+    def _job(self, args: Any, kwargs: Any, noise: torch.Tensor | None) -> Job:
+        jobs = _JOBS.setdefault(self._pipe, {})
+        key = (
+            _signature(args, kwargs, noise),
+            _state(self._pipe),
+            repr(self._train),
+            self._clamp,
+            id(self._loss),
+        )
+        if key not in jobs:
+            if len(jobs) >= _MOST:
+                jobs.pop(next(iter(jobs)))
+            jobs[key] = count_job(
+                self._pipe, kwargs, self._train, self._loss, 0, args=args, clamp=self._clamp, noise=noise
+            )
+        return jobs[key]
+
+    def _unplanned(self, budget: int, problem: UnsupportedError) -> MemoryPlan:
+        """A budget for the calls alone: what the weights leave."""
+        warnings.warn(f"{problem}. Calls are kept as they fit beside the weights", stacklevel=4)
+        weights = sum(weight_bytes(m) for m in vars(self._pipe).values() if isinstance(m, nn.Module))
+        if budget <= weights:
+            raise BudgetError(
+                f"memory={format_size(budget)} is too small: the weights alone take {format_size(weights)}"
+            ) from problem
+        self.plan = None
+        return MemoryPlan("bytes", budget - weights)
+
+
+def _followed(choices: Choices) -> MemoryPlan:
+    return MemoryPlan("max") if choices.keep is None else MemoryPlan("keep", keep=choices.keep)
+
+
+def _check_supported(choices: Choices | None) -> None:
+    """Raise for choices that a run cannot make.
+
+    Raises:
+        UnsupportedError: latents or weights on the CPU, or a loss in parts.
+    """
+    if choices is None:
+        return
+    for name, plain, instead in (
+        ("latents", "device", "leave them on the device"),
+        (
+            "weights",
+            "device",
+            "move the parts of the pipeline yourself between encoding, sampling and decoding",
+        ),
+        ("loss", None, "score a few pictures at a time yourself"),
+    ):
+        if getattr(choices, name) != plain:
+            raise UnsupportedError(
+                f"{name}={getattr(choices, name)!r} is planned for, but a run does not do it by itself: {instead}, "
+                f"and pass choices with {name}={plain!r}"
+            )
+
+
+def _signature(args: Any, kwargs: Any, noise: torch.Tensor | None) -> Any:
+    """What calls of the same job have in common."""
+    leaves, spec = pytree.tree_flatten(
+        (args, {k: v for k, v in kwargs.items() if not k.startswith("callback")})
+    )
+    return (repr(spec), tuple(_seen(x) for x in leaves), _seen(noise))
+
+
+def _seen(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return (alike(value), value.detach().flatten().tolist() if value.numel() <= 64 else None).__repr__()
+    if isinstance(getattr(value, "values", None), dict):  # the state of a modular pipeline
+        return tuple((k, _seen(v)) for k, v in value.values.items())
+    return value if isinstance(value, str | int | float | bool | type(None)) else type(value)
+
+
+def _state(pipe: Any) -> Any:
+    """Of the pipeline, what decides over bytes and calls."""
+    scheduler = getattr(pipe, "scheduler", None)
+    parts = tuple(
+        (name, id(module), sum(1 for _ in module.modules()), tuple({p.dtype for p in module.parameters()}))
+        for name, module in networks(pipe).items()
+    )
+    return (
+        type(scheduler),
+        repr(getattr(scheduler, "config", None)),
+        parts,
+        torch.backends.cuda.flash_sdp_enabled(),
+    )
