@@ -448,16 +448,6 @@ def test_what_is_no_pipeline_is_refused() -> None:
         bd.differentiable(OnnxStableDiffusionPipeline())
 
 
-def test_offloading_hooks_are_refused() -> None:
-    from accelerate.hooks import ModelHook, add_hook_to_module
-
-    pipe = tiny_sd()
-    run = bd.differentiable(pipe)
-    add_hook_to_module(pipe.unet, ModelHook())
-    with pytest.raises(UnsupportedError, match="remove_all_hooks"):
-        run(**call_arguments(pipe)[0])
-
-
 def test_other_refusals_say_what_to_do() -> None:
     pipe = tiny_sd()
     with pytest.raises(BudgetError, match="allowed"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from .ambient import Ambient
 from .errors import InputError, StateChangedError
+from .residence import Place, Residence, place_of
 from .weights import Weights
 
 Level = Literal["whole", "block", "resnet"]
@@ -45,9 +46,13 @@ def units(module: nn.Module, level: Level) -> list[tuple[str, nn.Module]]:
     return outer if level == "block" else [unit for name, block in outer for unit in _innermost(name, block)]
 
 
-def install(module: nn.Module, level: Level) -> int:
-    """Make the units of a network that belongs to the run (a shadow) redo themselves; how many there are."""
-    group = _Group()
+def install(module: nn.Module, level: Level, residence: Residence | None = None) -> int:
+    """Make the units of a network that belongs to the run (a shadow) redo themselves; how many there are.
+
+    Args:
+        residence: of a network whose weights are on the device for its calls only.
+    """
+    group = _Group(residence)
     found = units(module, level)
     for name, unit in found:
         wrap(name, unit, group)
@@ -66,9 +71,11 @@ def installed(module: nn.Module, level: Level) -> Iterator[None]:
             unwrap(unit)
 
 
-def wrap(name: str, module: nn.Module, group: _Group | None = None) -> None:
+def wrap(
+    name: str, module: nn.Module, group: _Group | None = None, residence: Residence | None = None
+) -> None:
     """Make one module of the run's own a unit."""
-    module.forward = _Unit(name, module, module.forward, group or _Group())
+    module.forward = _Unit(name, module, module.forward, group or _Group(residence))
 
 
 def unwrap(module: nn.Module) -> None:
@@ -116,7 +123,9 @@ def _layers(module: nn.Module) -> int:
 class _Group:
     """The units of one network: what one has left over in a backward pass is let go when the next is redone."""
 
-    def __init__(self) -> None:
+    def __init__(self, residence: Residence | None) -> None:
+        # The call that a unit is redone for holds it; a unit's module is in a cycle, which only the collector frees.
+        self.residence = None if residence is None else weakref.ref(residence)
         self.last: weakref.ref[_Pass] | None = None
 
     def begin(self, redone: _Pass, task: int) -> None:
@@ -159,12 +168,14 @@ class _Hold(torch.autograd.Function):
 
 
 class _Ticket:
-    """Stands for a saved tensor in the graph; only weights stay on it."""
+    """Stands for a saved tensor in the graph; only weights stay on it, or their places."""
 
-    __slots__ = ("index", "owner", "tensor", "version")
+    __slots__ = ("index", "owner", "place", "tensor", "version")
 
-    def __init__(self, owner: _Pass, index: int, tensor: torch.Tensor | None, version: int) -> None:
-        self.owner, self.index, self.tensor, self.version = owner, index, tensor, version
+    def __init__(
+        self, owner: _Pass, index: int, tensor: torch.Tensor | None, version: int, place: Place | None
+    ) -> None:
+        self.owner, self.index, self.tensor, self.version, self.place = owner, index, tensor, version, place
 
 
 class _Pass:
@@ -198,9 +209,12 @@ class _Pass:
     def pack(self, tensor: torch.Tensor) -> _Ticket:
         index, self.count = self.count, self.count + 1
         weight = tensor.untyped_storage()._cdata in self.weights.storages
-        return _Ticket(self, index, tensor.detach() if weight else None, tensor._version)
+        return _Ticket(self, index, tensor.detach() if weight else None, tensor._version, place_of(tensor))
 
     def unpack(self, ticket: _Ticket) -> torch.Tensor:
+        if ticket.place is not None:
+            self.weights.check()
+            return ticket.place.tensor()
         if ticket.tensor is not None:
             if ticket.tensor._version != ticket.version:
                 raise StateChangedError(
@@ -234,10 +248,12 @@ class _Pass:
             store.append(tensor.detach())
             return tensor.detach()
 
+        residence = self.unit.group.residence() if self.unit.group.residence is not None else None
         with (
             self.weights.restored(),
-            self.ambient.restored(),
             torch.enable_grad(),
+            nullcontext() if residence is None else residence.entered(),
+            self.ambient.restored(),
             torch.autograd.graph.saved_tensors_hooks(keep, _same),
         ):
             self.unit.forward(*args, **kwargs)

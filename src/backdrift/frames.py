@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from .ambient import Ambient
 from .errors import StateChangedError
+from .residence import Place, place_of
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -27,11 +28,12 @@ if TYPE_CHECKING:
 class _Ticket:
     """Stands for a saved tensor in the graph."""
 
-    __slots__ = ("__weakref__", "frame", "index", "shape", "tensor", "version")
+    __slots__ = ("__weakref__", "frame", "index", "place", "shape", "tensor", "version")
 
     frame: Frame
     index: int
     tensor: torch.Tensor | None
+    place: Place | None  # of a weight that is on the device for its call only
     version: int
     shape: torch.Size
 
@@ -68,13 +70,18 @@ class Frame:
         self.remade: dict[int, list[tuple[torch.Tensor, int] | None]] = {}
         self._permanent = weights.storages | {t.untyped_storage()._cdata for t in self.tensors}
         self._counted: set[int] = set()
+        self._checked = -1  # the backward pass (autograd's graph task) in which the weights were compared last
         self._addresses: list[StorageWeakRef] = []
 
     def pack(self, tensor: torch.Tensor) -> _Ticket:
         """Replace a tensor that autograd saves (the first hook)."""
         ticket, tickets = _Ticket(), self.tickets
         ticket.frame, ticket.index = self, len(tickets)
-        ticket.version = tensor._version
+        ticket.version, ticket.place = tensor._version, place_of(tensor)
+        if ticket.place is not None:
+            ticket.tensor = None
+            tickets.append(None)
+            return ticket
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._permanent:
@@ -98,6 +105,9 @@ class Frame:
 
     def unpack(self, ticket: _Ticket) -> torch.Tensor:
         """Give the tensor back to autograd (the second hook), made again if it was dropped."""
+        if ticket.place is not None:
+            self._check_weights()
+            return ticket.place.tensor()
         tensor, version = ticket.tensor, ticket.version
         if tensor is None:
             tensor, version = self._from_redo(ticket)
@@ -143,6 +153,13 @@ class Frame:
         if made is None:
             raise self._differs(f"saved tensor {ticket.index} was not made")
         return made
+
+    def _check_weights(self) -> None:
+        """Once per backward pass: what plain autograd does for every weight that it asks for."""
+        task = torch._C._current_graph_task_id()
+        if task == -1 or task != self._checked:
+            self.weights.check()
+            self._checked = task
 
     def _check(self) -> None:
         self.weights.check()

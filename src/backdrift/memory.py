@@ -116,6 +116,7 @@ class Ledger:
         owned: bool = False,
         role: Role = "network",
         check: Callable[[], None] | None = None,
+        moving: bool = False,
         **kwargs: Any,
     ) -> _T:
         """Run ``fn(*args, **kwargs)`` as one call of the plan. A call within a call is part of it.
@@ -129,6 +130,7 @@ class Ledger:
             role: ``"network"`` or ``"decoder"``: where it is counted; ``"other"`` is not. ``"network part"`` and
                 ``"decoder part"``: all but the last part of a call that is made in parts.
             check: called when a backward pass comes to this call, after its weights were compared.
+            moving: ``fn`` has weights on the device for its own length only (:mod:`~backdrift.residence`).
 
         Raises:
             BudgetError: the budget is too small for this call; names the smallest that works for it.
@@ -147,7 +149,7 @@ class Ledger:
                 return self._short.output(kind, lambda: fn(*args, **kwargs))
             self.stats.calls_forward += role == "network"
             self.stats.decodes += role == "decoder"
-            if self.plan.mode == "max" and kind in self._measured:
+            if self.plan.mode == "max" and kind in self._measured and not moving:
                 out = fn(*args, **kwargs)
                 watch.serial = self._holdings.open(watch, role, self._measured[kind])
             else:

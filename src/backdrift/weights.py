@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .errors import StateChangedError
+from .residence import home_of
 
 _ADVICE = "run the sampling call again, or call backward() before the change"
 
@@ -135,7 +136,7 @@ class Weights:
         self.tensors += buffers
         self.versions = [t._version for t in self.tensors[: self.checked]]
         self.flags = [t.requires_grad for t in self.tensors]
-        self.data = [t.data for t in self.tensors]
+        self.data = [home_of(t.data) for t in self.tensors]
         self.addresses = [t.data_ptr() for t in self.data]
         self.training = [m.training for m in self.holders]
         self.adapters = Adapters(self.modules)

@@ -13,6 +13,7 @@ MODULES = (
     "test_families",
     "test_half_precision",
     "test_outputs",
+    "test_offload",
     "test_schedulers",
     "test_targets",
     "test_precision_and_layout",
@@ -20,6 +21,7 @@ MODULES = (
     "test_caches",
     "test_modular",
     "test_own_noise",
+    "test_parallel",
 )
 
 HEAD = """\

@@ -16,6 +16,8 @@ from ..planning.choices import Choices
 from ..planning.job import Job
 from ..planning.meta import weight_bytes
 from ..planning.plan import Plan, make_plan
+from ..through import Through
+from .offloaded import execution_device
 from .planned import count_job
 from .shadow import Train, networks
 from .stand_in import alike
@@ -44,9 +46,11 @@ class Chooser:
             memory.choices if isinstance(memory, Plan) else memory if isinstance(memory, Choices) else None
         )
         self.memory = MemoryPlan("min") if self._fixed is not None else MemoryPlan.parse(memory)  # type: ignore[arg-type]
-        _check_supported(self._fixed)
+        _check_supported(self._fixed, offloaded=execution_device(pipe) is not None)
 
-    def choose(self, args: Any, kwargs: Any, noise: torch.Tensor | None) -> tuple[Choices, MemoryPlan]:
+    def choose(
+        self, args: Any, kwargs: Any, noise: torch.Tensor | None, through: Through
+    ) -> tuple[Choices, MemoryPlan]:
         """How one call is run, and what its ledger follows.
 
         Raises:
@@ -58,14 +62,15 @@ class Chooser:
             return Choices(), self.memory
         budget = self.memory.budget or 0
         try:
-            job = self._job(args, kwargs, noise)
+            job = self._job(args, kwargs, noise, through)
         except UnsupportedError as problem:
             return Choices(), self._unplanned(budget, problem)
-        # What moves things to another place or asks for a loss in parts is not done by a run.
-        self.plan = make_plan(job, budget, offload=False, micro=False)
+        # A loss in parts is not for a run to make; weights wait elsewhere if the user has sent them there.
+        offloaded = execution_device(self._pipe) is not None
+        self.plan = make_plan(job, budget, offload=False, offloaded=offloaded, micro=False)
         return self.plan.choices, _followed(self.plan.choices)
 
-    def _job(self, args: Any, kwargs: Any, noise: torch.Tensor | None) -> Job:
+    def _job(self, args: Any, kwargs: Any, noise: torch.Tensor | None, through: Through) -> Job:
         jobs = _JOBS.setdefault(self._pipe, {})
         key = (
             _signature(args, kwargs, noise),
@@ -73,12 +78,21 @@ class Chooser:
             repr(self._train),
             self._clamp,
             id(self._loss),
+            through,
         )
         if key not in jobs:
             if len(jobs) >= _MOST:
                 jobs.pop(next(iter(jobs)))
             jobs[key] = count_job(
-                self._pipe, kwargs, self._train, self._loss, 0, args=args, clamp=self._clamp, noise=noise
+                self._pipe,
+                kwargs,
+                self._train,
+                self._loss,
+                0,
+                args=args,
+                clamp=self._clamp,
+                noise=noise,
+                through=through,
             )
         return jobs[key]
 
@@ -98,27 +112,23 @@ def _followed(choices: Choices) -> MemoryPlan:
     return MemoryPlan("max") if choices.keep is None else MemoryPlan("keep", keep=choices.keep)
 
 
-def _check_supported(choices: Choices | None) -> None:
+def _check_supported(choices: Choices | None, offloaded: bool) -> None:
     """Raise for choices that a run cannot make.
 
     Raises:
-        UnsupportedError: latents or weights on the CPU, or a loss in parts.
+        UnsupportedError: latents on the CPU, a loss in parts, or weights that wait there although the pipeline is
+            not set up so.
     """
     if choices is None:
         return
     for name, plain, instead in (
-        ("latents", "device", "leave them on the device"),
-        (
-            "weights",
-            "device",
-            "move the parts of the pipeline yourself between encoding, sampling and decoding",
-        ),
-        ("loss", None, "score a few pictures at a time yourself"),
+        ("latents", "device", "leave them on the device, and pass choices with latents='device'"),
+        ("weights", "offload" if offloaded else "device", "call pipe.enable_model_cpu_offload() first"),
+        ("loss", None, "score a few pictures at a time yourself, and pass choices with loss=None"),
     ):
-        if getattr(choices, name) != plain:
+        if getattr(choices, name) not in (plain, "device"):
             raise UnsupportedError(
-                f"{name}={getattr(choices, name)!r} is planned for, but a run does not do it by itself: {instead}, "
-                f"and pass choices with {name}={plain!r}"
+                f"{name}={getattr(choices, name)!r} is planned for, but a run does not do it by itself: {instead}"
             )
 
 

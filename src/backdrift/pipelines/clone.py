@@ -56,6 +56,8 @@ def clone_of(
         own |= {name: copied_scheduler(value) for name, value in guiders(pipe).items()}
     if not clamp:
         own |= {name: unclamped(p) for name, p in image_processors(pipe).items()}
+    if own.get("_all_hooks"):
+        own["_all_hooks"] = []  # of the user's networks; the pipeline would put them on again at its end
     if own.get("watermark") is not None:
         own["watermark"] = None  # drawn in numpy, where gradients end
     return clone

@@ -17,7 +17,10 @@ from ..errors import InputError, MissingGradientError, UnsupportedError
 from ..memory import Ledger, MemoryPlan, Role
 from ..planning.choices import Choices
 from ..planning.plan import Plan
+from ..residence import Residence
 from ..stats import RunStats
+from ..through import All, Through
+from ..trace import Trace, Watch
 from ..weights import Adapters
 from .calls import PipelineCall
 from .choosing import Chooser
@@ -26,6 +29,7 @@ from .draws import Noise, drawing
 from .endings import Ending, ending_of
 from .forwards import check_networks
 from .outputs import SafetyBeside, first_tensor, to_pil, with_flags
+from .offloaded import Offloading
 from .parallel import after_call, before_call, check_parallel
 from .parts import divide, in_parts, parts_of
 from .reach import check_reached, wanted
@@ -33,6 +37,7 @@ from .refusals import check_components, check_pipeline, plain_class
 from .rehearsal import role_of
 from .shadow import Train, networks, trained_parameters
 from .states import check_states, remembered
+from .stepping import Loop
 from .steps import check_numbers, check_steps
 from .targets import numbers, with_targets
 from .trainable import check_trainable
@@ -52,6 +57,7 @@ def differentiable(
     clamp: bool = False,
     noise: torch.Tensor | None = None,
     loss: Any = None,
+    through: Through | str = "all",
 ) -> DifferentiableRun:
     """Make calls of a diffusers pipeline differentiable, exactly, in bounded memory.
 
@@ -75,6 +81,13 @@ def differentiable(
             ``latents=``; before the scheduler scales it. Other draws stay as they are.
         loss: what will score the pictures, as in :func:`~backdrift.plan`: room is left for it in a budget. It is
             not called.
+        through: which steps carry the gradient: ``All()``, ``Last(K)``, ``Random(K)``, ``Steps([...])`` or their text
+            (``"last:3"``; :mod:`backdrift.through` has the equations, docs/through.md the advice). In the others the
+            networks are called once, without a graph, and what they return is a constant. A step is what the pipeline
+            does between two returns of its scheduler's ``step``: all calls of its denoising networks there, guidance
+            halves and control networks among them; the passes of Heun's method, KDPM2's and PNDM's first ones that
+            belong together are one step, so there are as many as the progress bar shows. What a pipeline puts into
+            its latents between two steps (the known part of an inpainted picture) belongs to the step that follows.
 
     Returns:
         The run. Inside it every call returns the pipeline's usual output with a tensor in it, whatever
@@ -86,7 +99,8 @@ def differentiable(
         UnsupportedError: the pipeline cannot be differentiated as it stands; says why and what to do.
         InputError: ``train`` names nothing; or, from the call, it draws no noise of the shape of ``noise``.
         BudgetError: ``memory`` is malformed; or, from the call, too small (names the smallest that works).
-        MissingGradientError: from the call, if a tensor handed in requires grad and would get none.
+        MissingGradientError: from the call, if a tensor handed in requires grad and would get none (before it samples,
+            where ``Last`` cuts the noise off).
         StateChangedError: from the backward pass, if weights, adapters or flags have changed.
 
     Example:
@@ -95,7 +109,9 @@ def differentiable(
         >>> loss(images).backward()
         >>> run.stats
     """
-    return DifferentiableRun(pipe, memory=memory, train=train, clamp=clamp, noise=noise, loss=loss)
+    return DifferentiableRun(
+        pipe, memory=memory, train=train, clamp=clamp, noise=noise, loss=loss, through=through
+    )
 
 
 class DifferentiableRun:
@@ -108,6 +124,7 @@ class DifferentiableRun:
         stats: what was called, redone and held (:class:`~backdrift.stats.RunStats`).
         trained: dotted names of the weights that get gradients.
         noise: what takes the place of each call's own draw; may be exchanged between calls.
+        through: which steps carry the gradient; may be exchanged between calls.
     """
 
     def __init__(
@@ -119,7 +136,9 @@ class DifferentiableRun:
         clamp: bool = False,
         noise: torch.Tensor | None = None,
         loss: Any = None,
+        through: Through | str = "all",
     ) -> None:
+        self.through = Through.parse(through)
         check_pipeline(pipe)
         check_components(pipe)
         check_steps(pipe)
@@ -137,6 +156,8 @@ class DifferentiableRun:
         self._tokens: list[Token[Any]] = []
         self._pictures: torch.Tensor | None = None
         self._flags: list[bool] | None = None
+        self._trace = Trace(All())
+        self._calls = 0
 
     def __enter__(self) -> DifferentiableRun:
         with _LOCK:
@@ -172,18 +193,22 @@ class DifferentiableRun:
         call = PipelineCall.of(self.pipe, args, kwargs, ending.output_type if ending is not None else "pt")
         noise = None if self.noise is None else Noise(self.noise)
         arguments = call.arguments | ({} if noise is None else {"noise": noise.tensor})
-        choices, followed = self._chooser.choose(args, kwargs, self.noise)
+        through = Through.parse(self.through)
+        choices, followed = self._chooser.choose(args, kwargs, self.noise, through)
         self._ledger.follow(followed)
-        clone, safety = self._clone(ending, noise, choices)
+        offloading = Offloading(self.pipe)
+        clone, safety = self._clone(ending, noise, choices, offloading)
         # A user's no_grad around the call is meant: it samples as cheaply as ever, and returns a tensor.
         inputs = wanted(arguments) if torch.is_grad_enabled() else {}
+        loop = self._listen(clone, through, inputs)
         check_numbers(inputs)
         with_targets(call)
         weights = trained_parameters(self.pipe, self._train)
         check_parallel(self.pipe, weights)
         before_call(self.pipe, weights)
-        with self._ledger.run(), drawing(noise), nullcontext() if ending is None else ending:
+        with offloading, self._ledger.run(), drawing(noise), nullcontext() if ending is None else ending:
             out = call.run(clone)
+            loop.finish(self.trained)
         if noise is not None:
             noise.check()
         out = out if ending is None else ending.in_place_of_arrays(out)
@@ -191,7 +216,7 @@ class DifferentiableRun:
         result = first_tensor(out)
         after_call(self.pipe, weights, result)
         if torch.is_grad_enabled():
-            self._check_result(result, inputs, arguments)
+            self._check_result(result, inputs, arguments, loop)
         self._pictures = None if call.latent or result is None else result.detach()
         self._flags = safety.flags if safety is not None else None
         self.stats.seconds_forward += time.perf_counter() - start
@@ -201,6 +226,12 @@ class DifferentiableRun:
     def plan(self) -> Plan | None:
         """What was chosen for the last call, and why; None unless ``memory`` is a size or a plan."""
         return self._chooser.plan
+
+    @property
+    def trace(self) -> Trace:
+        """The gradient on its way back through the last call: its norm at each step, growth, what was clipped; and
+        which steps carried it. Filled by ``backward()``."""
+        return self._trace
 
     @property
     def pil(self) -> list[Any]:
@@ -223,7 +254,7 @@ class DifferentiableRun:
         return f"DifferentiableRun({name}, memory={self._ledger.plan}, trained={len(self.trained)} weights)"
 
     def _clone(
-        self, ending: Ending | None, noise: Noise | None, choices: Choices
+        self, ending: Ending | None, noise: Noise | None, choices: Choices, offloading: Offloading
     ) -> tuple[Any, SafetyBeside | None]:
         """The pipeline that really runs, its networks' calls under the memory plan."""
         weights = trained_parameters(self.pipe, self._train)
@@ -231,7 +262,7 @@ class DifferentiableRun:
         users = Adapters(list(networks(self.pipe).items()))
 
         def dress(name: str, module: nn.Module) -> nn.Module:
-            return self._planned(name, module, users, ending, choices)
+            return self._planned(name, module, users, ending, choices, offloading.residence(name, module))
 
         trained = {id(p) for p in weights.values()}
         clone = clone_of(self.pipe, trained, dress, clamp=self.clamp, noise=noise)
@@ -241,21 +272,43 @@ class DifferentiableRun:
             own["run_safety_checker"] = safety
         return clone, safety
 
+    def _listen(self, clone: Any, through: Through, inputs: dict[str, torch.Tensor]) -> Loop:
+        """Follow the pipeline's loop for one call."""
+        self._trace = Trace(through)
+        loop = Loop(
+            through,
+            draw=self._calls,
+            inputs=tuple(inputs),
+            watch=Watch(self._trace),
+            stats=self.stats,
+        )
+        loop.attach(clone)
+        self._calls += torch.is_grad_enabled()
+        return loop
+
     def _planned(
-        self, name: str, module: nn.Module, users: Adapters, ending: Ending | None, choices: Choices
+        self,
+        name: str,
+        module: nn.Module,
+        users: Adapters,
+        ending: Ending | None,
+        choices: Choices,
+        residence: Residence | None,
     ) -> nn.Module:
         """The shadow with its calls under the memory plan."""
         role = role_of(name, module)
         methods = ["forward", *(m for m in ("encode", "decode") if role == "decoder" and hasattr(module, m))]
         if role != "other":
-            divide(module, role, choices)
+            divide(module, role, choices, residence)
         for method in methods:
-            planned = self._plan(getattr(module, method), name, module, role, users, choices)
+            fn = getattr(module, method)
+            fn = fn if residence is None else residence.around(fn)
+            planned = self._plan(fn, name, module, role, users, choices, residence is not None)
             setattr(module, method, planned if ending is None else ending.asleep(planned))
         return module
 
     def _plan(
-        self, fn: Any, name: str, module: nn.Module, role: Role, users: Adapters, choices: Choices
+        self, fn: Any, name: str, module: nn.Module, role: Role, users: Adapters, choices: Choices, moving: bool
     ) -> Any:
         ledger, modules = self._ledger, [(name, module)]
 
@@ -264,7 +317,7 @@ class DifferentiableRun:
             if state is not None:
                 run, args = state.around(fn), (state.tensors, *args)
             return ledger.call(
-                run, *args, modules=modules, owned=True, role=role, check=users.check, **kwargs
+                run, *args, modules=modules, owned=True, role=role, check=users.check, moving=moving, **kwargs
             )
 
         @wraps(fn)
@@ -278,7 +331,11 @@ class DifferentiableRun:
         return planned
 
     def _check_result(
-        self, result: torch.Tensor | None, inputs: dict[str, torch.Tensor], arguments: dict[str, Any]
+        self,
+        result: torch.Tensor | None,
+        inputs: dict[str, torch.Tensor],
+        arguments: dict[str, Any],
+        loop: Loop,
     ) -> None:
         if result is None:
             raise UnsupportedError(
@@ -293,7 +350,14 @@ class DifferentiableRun:
             return
         # The walk costs some milliseconds a step, so once per kind of call.
         schedule = type(getattr(self.pipe, "scheduler", None))
-        key = (type(self.pipe), schedule, frozenset(arguments), frozenset(inputs), numbers(arguments))
+        key = (
+            type(self.pipe),
+            schedule,
+            frozenset(arguments),
+            frozenset(inputs),
+            numbers(arguments),
+            (loop.through, loop.chosen),
+        )
         if key not in _CHECKED:
             check_reached(result, inputs)
             _CHECKED.add(key)

@@ -151,7 +151,7 @@ def noise(
         seed: the noise is drawn on the CPU from a generator with this seed, sample by sample: sample i of a
             batch does not depend on the batch's size.
         batch_size: how many samples, at least 1.
-        dtype, device: by default those of the denoising network.
+        dtype, device: by default those of the denoising network's calls.
 
     Returns:
         (batch_size, channels, height/f, width/f), or packed (batch_size, tokens, channels) for Flux.
@@ -165,4 +165,4 @@ def noise(
     shape = latent_shape(pipe, height=height, width=width)
     draw = torch.Generator().manual_seed(seed)
     x = torch.stack([torch.randn(shape, generator=draw) for _ in range(batch_size)])
-    return x.to(device=device or pipe.device, dtype=dtype or getattr(network, "dtype", torch.float32))
+    return x.to(device=device or pipe._execution_device, dtype=dtype or getattr(network, "dtype", torch.float32))

@@ -15,11 +15,12 @@ from torch.utils import _pytree as pytree
 
 from .. import blocks
 from ..planning.choices import Choices
+from ..residence import Residence
 
 
-def divide(module: nn.Module, role: str, choices: Choices) -> None:
+def divide(module: nn.Module, role: str, choices: Choices, residence: Residence | None = None) -> None:
     """Make the parts of a network of the run's own redo themselves, and its decoder work in tiles, as chosen."""
-    blocks.install(module, choices.decoder if role == "decoder" else choices.network)
+    blocks.install(module, choices.decoder if role == "decoder" else choices.network, residence)
     inner = getattr(module, "decoder", None)
     if (
         role == "decoder"
@@ -28,7 +29,7 @@ def divide(module: nn.Module, role: str, choices: Choices) -> None:
         and inner is not None
     ):
         module.use_tiling = True  # type: ignore[assignment]
-        blocks.wrap("decoder", inner)
+        blocks.wrap("decoder", inner, residence=residence)
 
 
 def parts_of(role: str, choices: Choices, args: Any, kwargs: Any) -> int:

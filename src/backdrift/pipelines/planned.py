@@ -15,9 +15,11 @@ from ..errors import InputError
 from ..planning.choices import Choices
 from ..planning.job import Job
 from ..planning.plan import Plan, make_plan
+from ..through import All, Through
 from .configured import configured
 from .load import noise
 from .modular import is_modular
+from .offloaded import execution_device
 from .refusals import plain_class
 from .rehearsal import rehearse
 from .scored import count_loss
@@ -77,7 +79,7 @@ def plan(
         optimizer: by which trained weights are updated; its state is counted.
         tiles: also consider decoding in tiles, which gives slightly different pictures.
         offload: also consider keeping latents and weights on the CPU while they are not needed; by default unless the
-            pipeline is on the CPU.
+            pipeline is on the CPU. After ``pipe.enable_model_cpu_offload()`` its weights always do.
         choices: count these choices instead of searching.
         call: more arguments of the pipeline's call (``prompt_embeds=``, ``image=`` …).
 
@@ -105,7 +107,8 @@ def plan(
     job = count_job(pipe, arguments, train, loss, OPTIMIZERS[optimizer])
     if offload is None:
         offload = pipe.device.type != "cpu"
-    return make_plan(job, budget, tiles=tiles, offload=offload, fixed=choices)
+    offloaded = execution_device(pipe) is not None
+    return make_plan(job, budget, tiles=tiles, offload=offload, offloaded=offloaded, fixed=choices)
 
 
 def count_job(
@@ -118,9 +121,10 @@ def count_job(
     args: tuple[Any, ...] = (),
     clamp: bool = False,
     noise: torch.Tensor | None = None,
+    through: Through = All(),  # noqa: B008
 ) -> Job:
     """The job of one call with its loss and, per trained weight, ``states`` tensors of optimizer state."""
-    job, pictures = rehearse(pipe, args, kwargs, train, clamp=clamp, noise=noise)
+    job, pictures = rehearse(pipe, args, kwargs, train, clamp=clamp, noise=noise, through=through)
     scored, notes = count_loss(loss, pictures) if loss is not None and pictures is not None else (None, ())
     return dataclasses.replace(job, loss=scored, state=states * job.gradients, notes=notes)
 

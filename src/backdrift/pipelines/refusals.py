@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from types import CodeType
+from types import CodeType, MethodType
 from typing import Any
 
 from torch import nn
@@ -110,17 +110,30 @@ def check_components(pipe: Any) -> None:
     """Refuse what the present state of the components rules out.
 
     Raises:
-        UnsupportedError: offloading or dispatch hooks.
+        UnsupportedError: hooks of accelerate's other than those of ``enable_model_cpu_offload()`` (sequential
+            offloading, dispatched networks), or those over a function in place of a network's ``forward``.
     """
+    advice = "pipe.remove_all_hooks(), then pipe.enable_model_cpu_offload(), or move the pipeline to one device"
     for key, module in vars(pipe).items():
         if not isinstance(module, nn.Module):
             continue
-        for child in module.modules():
-            if "_hf_hook" in child.__dict__:
+        for name, child in module.named_modules():
+            hook = child.__dict__.get("_hf_hook")
+            if hook is not None and (child is not module or not waits(hook)):
+                where = ".".join(part for part in (key, name) if part)
                 raise UnsupportedError(
-                    f"{key} has offloading or dispatch hooks, which move weights between the forward and the "
-                    "backward pass; call pipe.remove_all_hooks() and move the pipeline to one device"
+                    f"{where} has the hook {type(hook).__name__}, which moves weights between the forward and the "
+                    f"backward pass: {advice}"
                 )
+            if hook is not None and not isinstance(child.__dict__.get("_old_forward"), MethodType):
+                raise UnsupportedError(
+                    f"{key} is offloaded and has a function in place of its forward: take that off, or {advice}"
+                )
+
+
+def waits(hook: Any) -> bool:
+    """Whether a hook is that of ``enable_model_cpu_offload()``: the whole network waits on the CPU."""
+    return type(hook).__module__.startswith("accelerate.") and type(hook).__name__ == "CpuOffload"
 
 
 def reached(cls: type, start: str = "__call__") -> Iterator[tuple[str, CodeType]]:

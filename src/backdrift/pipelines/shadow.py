@@ -23,6 +23,8 @@ from ..errors import InputError, UnsupportedError
 from ..weights import adapter_layers
 
 _PLAIN = {bool, int, float, str, torch.dtype, torch.device, torch.Size, type}
+# What accelerate's hooks leave on a module; they move the user's, not a copy.
+_OFFLOADING = {"_hf_hook", "_old_forward", "forward"}
 _EMPTY = {dict, OrderedDict, set, list, tuple}
 Train = str | Sequence[str] | None
 
@@ -134,8 +136,11 @@ def shadow(module: nn.Module, trained: set[int]) -> nn.Module:
     others: list[tuple[dict[str, Any], str, Any]] = []  # what has to be copied in depth
     for child in originals:
         own = memo[id(child)].__dict__
+        hooked = "_hf_hook" in child.__dict__
         for key, value in child.__dict__.items():
             kind = type(value)
+            if hooked and key in _OFFLOADING:
+                continue
             if value is None or kind in _PLAIN:
                 own[key] = value
             elif kind in _EMPTY and not value:

@@ -45,12 +45,17 @@ class Choices:
         plain = Choices()
         return {k: v for k, v in asdict(self).items() if v != getattr(plain, k)}
 
+    @property
+    def same_bits(self) -> bool:
+        """Whether every kernel sees the arguments that it sees in plain autograd: no batch is divided."""
+        return self.guidance == "together" and self.decode == "batch" and self.loss is None
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def candidates(
-    job: Job, *, tiles: bool = False, offload: bool = True, micro: bool = True
+    job: Job, *, tiles: bool = False, offload: bool = True, offloaded: bool = False, micro: bool = True
 ) -> Iterator[Choices]:
     """Every combination that can make a difference to this job, ``keep`` left open.
 
@@ -58,6 +63,7 @@ def candidates(
         job: what is planned.
         tiles: whether decoding in tiles, which is not exact, is one.
         offload: whether there is a second place to move latents and weights to.
+        offloaded: the weights wait there already.
         micro: whether the loss can be evaluated on a few pictures at a time.
     """
     networks, decoders = job.kinds("network"), job.kinds("decoder")
@@ -71,7 +77,9 @@ def candidates(
         "decode": ["batch", *(["sample"] if samples else []), *(["tiles"] if tiled else [])],
         "loss": [None, *([1] if micro and job.loss is not None and job.loss.rows > 1 else [])],
         "latents": ["device", *(["cpu"] if offload and job.latents else [])],
-        "weights": ["device", *(["offload"] if offload and len(job.components) > 1 else [])],
+        "weights": ["offload"]
+        if offloaded
+        else ["device", *(["offload"] if offload and len(job.components) > 1 else [])],
     }
     for values in itertools.product(*options.values()):
         yield replace(Choices(), **dict(zip(options, values, strict=True)))

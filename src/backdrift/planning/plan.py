@@ -24,7 +24,8 @@ _WORDS = {
     ("decode", "tiles"): "decode in tiles (blended at their seams: not the same pictures)",
     ("loss", 1): "score one picture at a time",
     ("latents", "cpu"): "let latents wait on the CPU",
-    ("weights", "offload"): "keep only the weights of the present phase on the device",
+    ("weights", "offload"): "keep only the weights of the present phase on the device "
+    "(pipe.enable_model_cpu_offload())",
 }
 
 
@@ -47,7 +48,7 @@ class Plan:
     @cached_property
     def plain(self) -> Option:
         """Plain autograd: everything kept."""
-        return option(self.job, Choices())
+        return option(self.job, Choices(weights=self.tactics[0].weights))
 
     @cached_property
     def least(self) -> Option:
@@ -95,6 +96,8 @@ class Plan:
                 f"Of {self.job.network_calls} network calls the last {self.choices.keep} keep their activations; "
                 f"{self.chosen.needs.redone} are run again."
             )
+        if not self.choices.same_bits and self.choices.decode != "tiles":
+            lines.append("A divided batch agrees with the undivided one to rounding.")
         lines.append(f"That needs {format_size(self.peak)}, at the {self.chosen.needs.tightest}.")
         faster = [
             o for o in self.options if o.needs.cost < self.chosen.needs.cost and o.needs.peak > self.peak
@@ -170,6 +173,7 @@ def make_plan(
     *,
     tiles: bool = False,
     offload: bool = True,
+    offloaded: bool = False,
     micro: bool = True,
     fixed: Choices | None = None,
 ) -> Plan:
@@ -178,17 +182,17 @@ def make_plan(
     Args:
         job: from a rehearsal.
         budget: bytes of everything on the device; None: no limit.
-        tiles, offload, micro: see :func:`~backdrift.planning.choices.candidates`.
+        tiles, offload, offloaded, micro: see :func:`~backdrift.planning.choices.candidates`.
         fixed: take these choices and only count.
 
     Raises:
         BudgetError: nothing fits; names the smallest budget that works.
     """
-    tactics = tuple(candidates(job, tiles=tiles, offload=offload, micro=micro))
+    tactics = tuple(candidates(job, tiles=tiles, offload=offload, offloaded=offloaded, micro=micro))
     if fixed is not None:
         chosen: Option | None = option(job, fixed)
     elif budget is None:
-        chosen = option(job, Choices())
+        chosen = option(job, Choices(weights=tactics[0].weights))
     else:
         chosen = fitting(job, tactics, budget)
     if chosen is None:
@@ -204,5 +208,8 @@ def _hint(job: Job, least: Option) -> str:
     weights = job.weights if least.choices.weights == "device" else max(c.weights for c in job.components)
     share = weights / least.needs.peak
     if share > 0.5:
-        return f"{format_size(weights)} of it are weights: load them in half precision or quantised"
+        advice = f"{format_size(weights)} of it are weights: load them in half precision or quantised"
+        return advice + (
+            ", or call pipe.enable_model_cpu_offload()" if least.choices.weights == "device" else ""
+        )
     return "Take smaller pictures, a smaller batch, or half precision"

@@ -28,11 +28,19 @@ def option(job: Job, choices: Choices) -> Option:
     return Option(choices, estimate(job, choices))
 
 
-def fitting(job: Job, tactics: Iterable[Choices], budget: int) -> Option | None:
-    """The fastest option within ``budget`` bytes, with as many calls kept as fit; None if nothing fits."""
-    plain = option(job, Choices())
+def fitting(job: Job, tactics: Sequence[Choices], budget: int) -> Option | None:
+    """The fastest option within ``budget`` bytes, with as many calls kept as fit; None if nothing fits.
+
+    One that repeats the undivided arithmetic is taken before any that divides a batch, which costs the last digit.
+    """
+    plain = option(job, Choices(weights=tactics[0].weights))
     if plain.needs.peak <= budget:  # nothing else has to be measured
         return plain
+    same = [choices for choices in tactics if choices.same_bits]
+    return _fastest(job, same, budget) or _fastest(job, tactics, budget)
+
+
+def _fastest(job: Job, tactics: Iterable[Choices], budget: int) -> Option | None:
     found: Option | None = None
     for everything in sorted((option(job, choices) for choices in tactics), key=lambda o: o._rank):
         # With all calls kept a way is as fast as it gets.
