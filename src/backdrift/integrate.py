@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,9 +80,16 @@ class Plan:
     @property
     def evaluations(self) -> int:
         """Evaluations of the model that the whole run makes."""
-        asides = sum(self.solver.aside.evaluations(0) for i in self.intervals if i.aside)
-        own = sum(1 for i in self.intervals if not i.aside)
-        return asides + sum(self.solver.evaluations(index) for index in range(own))
+        return self.evaluations_in(range(len(self.intervals)))
+
+    def evaluations_in(self, steps: Collection[int]) -> int:
+        """Evaluations of the model that some of the run's steps make."""
+        made = own = 0
+        for index, interval in enumerate(self.intervals):
+            count = self.solver.aside.evaluations(0) if interval.aside else self.solver.evaluations(own)
+            own += not interval.aside
+            made += count if index in steps else 0
+        return made
 
     def states(self, x: Tensor, call: Call) -> Iterator[Tensor]:
         """The states at the nodes after the first, one by one, from ``x`` at the first.

@@ -10,16 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .conditioning import check_steps
+from .conditioning import PerStep, check_steps
 from .denoiser import Denoiser
-from .errors import InputError, NonFiniteError, UnsupportedError
+from .errors import InputError, MissingGradientError, NonFiniteError, UnsupportedError
 from .gradients import Exact, GradientMethod, Job
 from .grids import TimeGrid
 from .integrate import Plan
+from .nests import tensors
 from .noises import Brownian, GivenNoise, Noise
 from .schedules import Flow
 from .solvers import AdaptiveDormandPrince, Euler, Pair, ReversibleSolver, Solver, State
 from .stats import RunStats
+from .through import Chosen, Through
+from .trace import Trace, Watch
 
 Grid = TimeGrid | Sequence[float] | Tensor | None
 
@@ -41,6 +44,8 @@ class Solution:
             to ``x_T`` without error; else None.
         pairs: a reversible solver's pairs at all nodes, if the trajectory was asked for. A latent on the way is
             then a pair: its gradient is that by both members of ``pairs[i]``.
+        trace: the gradient on its way back, filled by ``backward()``; None where the gradient method acts on the whole
+            run, the solver is reversible, gradients are off, or inside ``torch.func`` transforms.
     """
 
     x0: Tensor
@@ -50,6 +55,7 @@ class Solution:
     stats: RunStats
     pair: Pair | None = None
     pairs: tuple[Pair, ...] | None = None
+    trace: Trace | None = None
 
 
 def sample(
@@ -65,6 +71,7 @@ def sample(
     seed: int | Sequence[int] | None = None,
     trajectory: bool = False,
     check_finite: bool = True,
+    through: Through | str = "all",
 ) -> Solution:
     """Solve the probability-flow ODE of ``model`` from ``x_T``; the diffusion SDE with a stochastic solver.
 
@@ -90,11 +97,17 @@ def sample(
         seed: short for ``noise=Brownian(seed)``.
         trajectory: keep the states at all nodes.
         check_finite: look for NaN and infinity in the states (one synchronisation, at the end).
+        through: which steps carry the gradient: ``All()``, ``Last(K)``, ``Random(K)``, ``Steps([...])`` or their text
+            (:mod:`backdrift.through` has the equations). Step i is interval i of the grid, with all evaluations that
+            the solver makes for it (of an adaptive solver, the i-th accepted step); in the others the network is
+            called once, without a graph, and its output is a constant. Needs ``Exact`` or ``Plain``.
 
     Raises:
         InputError: an argument cannot be used, or no regular form leads over an interval.
         BudgetError: the gradient's memory budget is too small.
-        MissingGradientError: the network uses a tensor whose gradient would be lost.
+        MissingGradientError: the network uses a tensor whose gradient would be lost, or ``through`` leaves out all the
+            steps that ``x_T``, a noise or an entry of ``PerStep`` with ``requires_grad`` has a part in.
+        UnsupportedError: the gradient method or the solver cannot leave steps out.
         NonFiniteError: a state is not finite; names the first step.
 
     Example:
@@ -102,16 +115,19 @@ def sample(
         >>> solution = sample(model, x_T, solver=AdamsBashforth(4), grid=TimeGrid("logsnr", steps=20))
         >>> loss(solution.x0).backward()
     """
-    solver, gradient = solver or Euler(), gradient or Exact()
+    solver, gradient, through = solver or Euler(), gradient or Exact(), Through.parse(through)
     check_arguments(model, solver, gradient)
     plan = plan_for(model, solver, grid, form, _noise(noise, seed))
     check_asked(gradient, plan)
+    check_through(through, gradient, plan)
     state = state_for(plan, x_T, gradient, "x_T")
     pair, x = (state, state.first) if isinstance(state, Pair) else (None, state)
 
     stats, start, before = RunStats(), time.perf_counter(), model.nfe
     job, found = _settled(Job(plan, model, x, cond, stats, trajectory, check_finite, pair))
     check_steps((cond, model.uncond), len(job.plan.intervals))
+    watch = _watch(through, job, gradient)
+    job = replace(job, watch=watch)
     states = gradient.run(job) if found is None or torch.is_grad_enabled() else found
     path = [state]
     for state in finite(states, job.plan.times) if check_finite else states:
@@ -119,7 +135,81 @@ def sample(
     stats.seconds_forward += time.perf_counter() - start
     graph = job.plan.graph
     times = torch.tensor(job.plan.times, dtype=torch.float64) if graph is None else graph
-    return _solution(path, times, trajectory, model.nfe - before, stats)
+    solution = _solution(path, times, trajectory, model.nfe - before, stats)
+    return solution if watch is None else replace(solution, trace=watch.trace)
+
+
+def _watch(through: Through, job: Job, gradient: GradientMethod) -> Watch | None:
+    """What follows the gradient through the run, its steps chosen; None where it cannot be, or there is none."""
+    chosen = through.choose(len(job.plan.intervals))
+    # A user's no_grad is meant: nothing is lost that could be had.
+    if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return None
+    if not gradient.by_calls or isinstance(job.plan.solver, ReversibleSolver):
+        return None
+    _check_reached(through, chosen, job)
+    watch = Watch(Trace(through))
+    watch.begin(chosen)
+    return watch
+
+
+def _check_reached(through: Through, chosen: Chosen, job: Job) -> None:
+    """Raise if something that requires grad has a part only in steps that are left out.
+
+    Raises:
+        MissingGradientError: naming it.
+    """
+    lost = [] if not (chosen.cut and job.x.requires_grad) else ["x_T"]
+    if isinstance(job.plan.noise, GivenNoise):
+        before = job.plan.noise.noises[: chosen.cut]
+        lost += [f"the noise of step {i}" for i, noise in enumerate(before) if noise.requires_grad]
+    for name, cond in (("cond", job.cond), ("uncond", job.model.uncond)):
+        if isinstance(cond, PerStep):
+            used = {id(tensor) for i in chosen.steps for tensor in tensors(cond[i])}
+            lost += [
+                f"{name} of step {i}"
+                for i in range(len(cond))
+                if any(tensor.requires_grad and id(tensor) not in used for tensor in tensors(cond[i]))
+            ]
+    if lost:
+        raise MissingGradientError(
+            f"{lost[0]} requires grad, but with through={through.spec!r} no gradient would reach it: "
+            + ("the state is cut" if chosen.cut else "its step is left out")
+            + f" (steps that carry it: {', '.join(map(str, chosen.steps))} of {chosen.total}). Choose others"
+            + (f", Steps(range({chosen.cut}, {chosen.total})) to keep the state's path" if chosen.cut else "")
+            + ", or pass it detached"
+        )
+
+
+def check_through(through: Through, gradient: GradientMethod, plan: Plan) -> None:
+    """Raise if steps are to be left out, or the gradient changed, where that cannot be done.
+
+    Raises:
+        UnsupportedError: the gradient method acts on the whole run, the solver is reversible, the times require grad,
+            or a ``torch.func`` transform is active.
+    """
+    if through.exact:
+        return
+    asked = f"through={through.spec!r}"
+    if not gradient.by_calls:
+        raise UnsupportedError(
+            f"{gradient!r} differentiates the run as a whole and cannot do {asked}: use gradient=Exact() or Plain(), or "
+            "through=All()"
+        )
+    if isinstance(plan.solver, ReversibleSolver):
+        raise UnsupportedError(
+            f"{plan.solver!r} carries a pair of states, for which {asked} has no meaning: use another solver, or "
+            "through=All()"
+        )
+    if plan.graph is not None:
+        raise UnsupportedError(
+            f"{asked} does not go with times that require grad, which have a part in every step: detach them, or use "
+            "through=All()"
+        )
+    if torch._C._are_functorch_transforms_active():
+        raise UnsupportedError(
+            f"{asked} does not work inside torch.func transforms: use torch.autograd, or through=All()"
+        )
 
 
 def _solution(path: list[State], times: Tensor, trajectory: bool, nfe: int, stats: RunStats) -> Solution:

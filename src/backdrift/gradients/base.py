@@ -26,6 +26,8 @@ from ..errors import UnsupportedError
 from ..integrate import Plan
 from ..solvers import Pair, State
 from ..stats import RunStats
+from ..trace import Watch
+from .truncated import states as truncated
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Job:
         trajectory: whether the states at all nodes are handed to the user, who may differentiate by each.
         check_finite: whether a backward pass looks for NaN and infinity.
         pair: the state where the run starts, for a reversible solver; ``x`` is its first member.
+        watch: which steps carry the gradient, and what measures it on its way; None for all, and no measure. Methods
+            that act on whole runs are given None.
     """
 
     plan: Plan
@@ -51,6 +55,7 @@ class Job:
     trajectory: bool = False
     check_finite: bool = True
     pair: Pair | None = None
+    watch: Watch | None = None
 
 
 class Evaluator(ABC):
@@ -80,6 +85,11 @@ class GradientMethod:
     by_times: bool = False
     transforms: bool = False
 
+    @property
+    def by_calls(self) -> bool:
+        """Whether it acts call by call, so that some steps can be left out of the gradient."""
+        return type(self).run is GradientMethod.run
+
     def begin(self, model: Denoiser, x: Tensor, cond: Any, evaluations: int, stats: RunStats) -> Evaluator:
         """The evaluation ``call(x, t)`` to use throughout one run of the plan's own time loop.
 
@@ -105,8 +115,12 @@ class GradientMethod:
         Raises:
             InputError: the method cannot be used with the job's solver or form.
         """
-        plan = job.plan
-        call = self.begin(job.model, job.x, job.cond, plan.evaluations, job.stats)
+        plan, watch = job.plan, job.watch
+        made = plan.evaluations if watch is None else plan.evaluations_in(watch.chosen.steps)
+        call = self.begin(job.model, job.x, job.cond, made, job.stats)
+        if watch is not None:
+            yield from truncated(job, call, watch)
+            return
 
         def enter(interval: int) -> None:
             call.interval = interval

@@ -110,11 +110,11 @@ class _Run(Evaluator):
         )
 
     def _call(self, x: Tensor, t: float, branch: Branch) -> Tensor:
-        index, self.made = self.made, self.made + 1
         self.model.nfe += 1
         self.stats.calls_forward += 1
         if not torch.is_grad_enabled():
             return self.model.run(x, t, branch)
+        index, self.made = self.made, self.made + 1
         ambient = self._surroundings(x, branch)
         chain, traced = (self.chain, None) if self.chain is not None else self._open(x, t, branch)
         if not x.requires_grad and self.token is None and not isinstance(t, Tensor):

@@ -21,6 +21,7 @@ from ..planning.count import Count
 from ..planning.job import Component, Job, Kind, Moment, Role
 from ..planning.meta import like, set_dtypes, to_meta, weight_bytes, weights_of
 from ..planning.profile import Profile, profile
+from ..through import All, Through
 from .calls import PipelineCall
 from .clone import clone_of
 from .draws import Noise, drawing
@@ -29,6 +30,7 @@ from .outputs import first_tensor
 from .refusals import plain_class
 from .shadow import Train, trained_parameters
 from .stand_in import alike, answer, meta_leaves, rows, stand_in_call, template, tiling, zeros_like
+from .stepping import Loop
 from .targets import with_targets
 
 __all__ = ["rehearse"]
@@ -65,13 +67,14 @@ def rehearse(
     *,
     clamp: bool = False,
     noise: torch.Tensor | None = None,
+    through: Through = All(),  # noqa: B008
 ) -> Rehearsal:
     """The job that ``pipe(*args, **kwargs)`` and a backward pass from its pictures are.
 
     Args:
         pipe: a diffusers pipeline; its networks may be on the meta device.
         args, kwargs: of its call. Large tensors are replaced by zeros, generators by new ones.
-        train, clamp, noise: as in :func:`~backdrift.differentiable`.
+        train, clamp, noise, through: as in :func:`~backdrift.differentiable`.
 
     Returns:
         The job, without a loss, and the shape of its pictures.
@@ -81,7 +84,7 @@ def rehearse(
     """
     cls = plain_class(type(pipe))
     ending = ending_of(cls, clamp)
-    stage = _Stage(pipe, train, clamp, ending, noise)
+    stage = _Stage(pipe, train, clamp, ending, noise, through)
     call = PipelineCall.of(pipe, args, kwargs, ending.output_type if ending is not None else "pt")
     try:
         return stage.play(call)
@@ -102,9 +105,15 @@ class _Stage:
     """
 
     def __init__(
-        self, pipe: Any, train: Train, clamp: bool, ending: Ending | None, noise: torch.Tensor | None
+        self,
+        pipe: Any,
+        train: Train,
+        clamp: bool,
+        ending: Ending | None,
+        noise: torch.Tensor | None,
+        through: Through,
     ) -> None:
-        self.pipe, self.clamp, self.ending = pipe, clamp, ending
+        self.pipe, self.clamp, self.ending, self.through = pipe, clamp, ending, through
         self.given_noise = noise
         self.trained = {id(p): p.nbytes for p in trained_parameters(pipe, train).values()}
         self.count = Count()
@@ -153,6 +162,8 @@ class _Stage:
         if own.get("safety_checker") is not None:
             own["safety_checker"] = None
         own["_progress_bar_config"] = {"disable": True}
+        if not self.through.exact:
+            Loop(self.through).attach(clone)
         return clone
 
     def _on_stage(self, name: str, module: nn.Module) -> nn.Module:
