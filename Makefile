@@ -24,8 +24,9 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+# Two files at a time, on a core each: the tests' tensors are too small for more threads to help.
 test: lint types
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Measures for a quarter of an hour and more; wants a machine that does nothing else.
 bench: $(STAMP)

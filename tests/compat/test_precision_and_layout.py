@@ -1,4 +1,4 @@
-"""Channels-last weights, autocast, gradient scaling, quantised frozen bases."""
+"""Compiled networks, channels-last weights, autocast, gradient scaling, quantised frozen bases."""
 
 from __future__ import annotations
 
@@ -38,6 +38,42 @@ def assert_bits(ours: Any, theirs: Any) -> None:
     for mine, true in zip(ours, theirs, strict=True):
         assert (mine is None) == (true is None)
         assert mine is None or torch.equal(mine, true)
+
+
+def compile_whole(pipe: Any) -> None:
+    pipe.unet = torch.compile(pipe.unet)
+
+
+def compile_in_place(pipe: Any) -> None:
+    pipe.unet.compile()
+    pipe.vae.decoder.compile()
+
+
+def compile_blocks(pipe: Any) -> None:
+    for block in pipe.unet.down_blocks:
+        block.compile()
+
+
+@TRAP.handled(
+    "`torch.compile`, whole, in place or of single blocks: a run calls the networks uncompiled, whose gradient is right"
+)
+@pytest.mark.parametrize("how", [compile_whole, compile_in_place, compile_blocks])
+def test_compiled_networks_are_run_uncompiled(how: Any) -> None:
+    pipe = tiny_sd()
+    given = inputs(pipe)
+    network = pipe.unet
+    leaves = [*given.values(), *network.parameters()]
+    images = plain(pipe, **given)
+    expected = torch.autograd.grad(loss_of(images), leaves, allow_unused=True)
+    how(pipe)
+    torch._dynamo.reset()
+    counted = torch._dynamo.utils.counters
+    counted.clear()
+    with bd.differentiable(pipe, "min", train="unet", clamp=True):
+        ours = pipe(**given, **SIZE).images
+    assert torch.equal(ours, images)
+    assert_bits(torch.autograd.grad(loss_of(ours), leaves, allow_unused=True), expected)
+    assert not counted["frames"]  # nothing was compiled
 
 
 @TRAP.handled("channels-last weights")
