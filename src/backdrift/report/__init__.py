@@ -19,16 +19,20 @@ __all__ = ["write", "write_many"]
 
 
 def write(folder: str | Path, *, blur_flagged: bool = True) -> Path:
-    """Draw ``<folder>/report.html`` from the run in ``folder`` and return its path.
+    """Draw ``<folder>/report.html`` from the run or the certificate in ``folder`` and return its path.
 
     Args:
-        folder: The run's folder, finished or not.
+        folder: The run's folder, finished or not; or that of a certificate (see :mod:`backdrift.report.certificate`).
         blur_flagged: Blur the pictures that a safety filter flagged (``"flagged": true`` in the record).
 
     Raises:
         InputError: When there is no readable record, or a picture that it names is missing.
     """
     folder = Path(folder)
+    if _format(folder) == "backdrift-certificate/1":
+        from . import certificate
+
+        return certificate.write(folder)
     return write_many([folder], folder / "report.html", blur_flagged=blur_flagged)
 
 
@@ -76,6 +80,15 @@ def write_many(
     finally:
         beside.unlink(missing_ok=True)
     return path
+
+
+def _format(folder: Path) -> Any:
+    """The format that a folder's record names; None where there is none to read."""
+    try:
+        record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record.get("format") if isinstance(record, dict) else None
 
 
 def _record(folder: Path) -> dict[str, Any]:

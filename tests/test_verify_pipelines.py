@@ -1,0 +1,156 @@
+"""The certificate of pipelines, and its command."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import backdrift as bd
+from backdrift.cli import app
+from backdrift.cli.verify import METHODS, SOLVERS, VerifySettings
+from backdrift.errors import InputError, UnsupportedError
+from backdrift.verification import menu
+from tiny_pipelines import noise_for, tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
+
+SHORT: dict[str, Any] = {"steps": [2, 4], "reference_steps": 8, "progress": False}
+
+
+def test_a_pipelines_errors_are_those_computed_by_hand() -> None:
+    pipe = tiny_sd()
+    made = bd.verify(
+        pipe, "a b", "contrast", methods=["exact:min", "continuous", "continuous:original"], guidance_scale=3.0,
+        seed=2, directions=1, **SHORT,
+    )  # fmt: skip
+    view = bd.as_denoiser(pipe, "a b", 3.0)
+    objective = bd.losses.resolve("contrast")
+
+    def gradient(method: Any) -> torch.Tensor:
+        x = noise_for(pipe, seed=2).requires_grad_()
+        grid = bd.TimeGrid("logsnr", 4)
+        solution = bd.sample(view.model, x, view.cond, solver=bd.Euler(), grid=grid, gradient=method)
+        pictures = pipe.vae.decode(solution.x0 / pipe.vae.config.scaling_factor).sample / 2 + 0.5
+        return torch.autograd.grad(objective(pictures).sum(), x)[0].double()
+
+    own, adjoint = gradient(bd.Plain()), gradient(bd.ContinuousAdjoint(form="original"))
+    (row,) = [r for r in made.rows if r.name == "continuous:original" and r.steps == 4]
+    assert row.own is not None
+    assert row.own.relative == pytest.approx(float((adjoint - own).norm() / own.norm()), rel=1e-5)
+    exact = next(r for r in made.rows if r.name == "exact:min" and r.steps == 4)
+    assert exact.own is not None
+    assert exact.own.relative == 0  # bit for bit, on a CPU
+    (reference,) = [r for r in made.record["references"] if r["directions"]]
+    assert reference["differences"] < 1e-5
+    assert exact.differences is not None
+    assert exact.differences < 1e-3
+    assert all(p.grad is None for p in pipe.unet.parameters())
+    assert made.record["settings"]["model"]["class"] == "StableDiffusionPipeline"
+
+
+def test_a_flow_matching_pipeline_with_all_methods() -> None:
+    made = bd.verify(tiny_sd3(), "a b", "brightness", directions=1, **SHORT)
+    found = {row.name: row for row in made.rows if row.asked}
+    assert found["exact:max"].form == "original"
+    assert "continuous:exponential" in found
+    assert [
+        row.verdict for row in made.rows if row.name.startswith(("exact", "symplectic", "reversible"))
+    ] == (["exact"] * 8)
+    assert all(row.verdict != "failed" for row in made.rows), [row.reason for row in made.rows]
+    assert made.recommendation.row is not None
+
+
+def test_other_families_and_missing_settings_are_refused_by_name() -> None:
+    for pipe in (tiny_sdxl(), tiny_flux()):
+        with pytest.raises(UnsupportedError, match=type(pipe).__name__):
+            bd.verify(pipe, "a b", "brightness", **SHORT)
+    with pytest.raises(InputError, match="needs a prompt"):
+        bd.verify(tiny_sd(), loss="brightness")
+    with pytest.raises(InputError, match="needs a loss"):
+        bd.verify(tiny_sd(), "a b")
+    with pytest.raises(InputError, match="belong to a Denoiser"):
+        bd.verify(tiny_sd(), "a b", "brightness", x_T=torch.zeros(1, 4, 8, 8))
+    with pytest.raises(InputError, match="sd, flow"):
+        bd.verify("sd15")
+    with pytest.raises(InputError, match="multiple"):
+        bd.verify(tiny_sd(), "a b", "brightness", height=17)
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    tiny_sd().save_pretrained(tmp_path / "model")
+    return "model"
+
+
+def call(*args: str) -> Any:
+    return CliRunner().invoke(app, ["verify", *args])
+
+
+def test_the_command_writes_what_the_library_measures(model: str) -> None:
+    args = (
+        "--model", model, "--prompt", "a b", "--loss", "contrast", "--steps", "2", "--steps", "4", "--methods",
+        "exact:min", "--methods", "deis2s", "--reference-steps", "8", "--directions", "1", "--no-progress",
+    )  # fmt: skip
+    result = call(*args, "--out", "run")
+    assert result.exit_code == 0, result.output
+    assert "Recommended for the sampler's own gradient: Exact(memory='min')" in " ".join(
+        result.stdout.split()
+    )
+    record = json.loads(Path("run/record.json").read_text())
+    made = bd.verify(
+        tiny_sd(), "a b", "contrast", methods=["exact:min", "deis2s"], directions=1, steps=[2, 4], reference_steps=8,
+        progress=False,
+    )  # fmt: skip
+    pairs = zip(record["rows"], made.record["rows"], strict=True)
+    assert all(a["own"] == b["own"] and a["flow"] == b["flow"] and a["calls"] == b["calls"] for a, b in pairs)
+    assert "backdrift verify --config run.yaml" in Path("run/report.html").read_text()
+    again = call("--config", "run/run.yaml", "--out", "again", "--no-progress", "--json")
+    assert again.exit_code == 0, again.output
+    shown = json.loads(again.stdout)
+    assert [r["own"] for r in shown["rows"]] == [r["own"] for r in record["rows"]]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--solver", "heum"), "Did you mean 'heun'"),
+        (("--methods", "exakt"), "Did you mean 'exact'"),
+        (("--tolerance", "0"), "--tolerance"),
+        (("--target", "both"), "--target"),
+        (("--steps", "1"), "at least 2"),
+        (("--grid", "evenly"), "rule of a TimeGrid"),
+        (("--out", "model"), "no certificate"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(model: str, args: tuple[str, ...], words: str) -> None:
+    result = call("--model", model, "--prompt", "a b", "--loss", "brightness", "--no-progress", *args)
+    assert result.exit_code == 2, result.output
+    assert words in result.stderr
+    assert not Path("runs").exists()
+
+
+def test_a_model_of_ones_own_needs_a_prompt_and_a_loss(model: str) -> None:
+    result = call("--model", model)
+    assert result.exit_code == 2
+    assert "needs a prompt" in result.stderr
+
+
+def test_every_argument_of_the_library_is_a_setting() -> None:
+    only_python = {"model", "x_T", "cond"}
+    wanted = set(inspect.signature(bd.verify).parameters) - only_python
+    assert wanted <= set(VerifySettings.model_fields)
+    defaults = {name: p.default for name, p in inspect.signature(bd.verify).parameters.items()}
+    for name in ("tolerance", "target", "over", "directions", "reference_steps", "seed"):
+        assert VerifySettings.model_fields[name].default == defaults[name]
+
+
+def test_the_commands_completion_knows_all_names() -> None:
+    assert set(METHODS) == set(menu.METHODS)
+    assert set(SOLVERS) == set(menu.SOLVERS)
