@@ -28,7 +28,7 @@ from backdrift.recipes.reading import reads_both_ways
 
 from .clean import NAMES, Usual
 
-TUNING, TESTED, PLAIN = (100, 101, 102), tuple(range(20)), range(200, 264)
+TUNING, TESTED, PLAIN = tuple(range(100, 106)), tuple(range(20)), range(200, 264)
 PAIRS = (("four", "seven"), ("three", "five"), ("two", "seven"), ("five", "four"))
 SETTINGS = tuple(
     OneStep(strength, start, stop, repeats)

@@ -46,7 +46,7 @@ def write(name: str, data: dict[str, Any]) -> None:
 
 @app.command()
 def ambigrams() -> None:
-    """Settle pair and settings on three seeds, then count the successes on twenty others."""
+    """Settle pair and settings on six seeds, then count the successes on twenty others."""
     pipe, folder = opened()
     write("ambigrams", ambigram_runs.measure(pipe, ambigram_runs.tune(pipe, folder), folder))
 
