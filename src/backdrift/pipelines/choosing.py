@@ -22,7 +22,8 @@ from .planned import count_job
 from .shadow import Train, networks
 from .stand_in import alike
 
-_JOBS: weakref.WeakKeyDictionary[Any, dict[Any, Job]] = weakref.WeakKeyDictionary()
+# With each job the loss that was counted, so that no other one can take its id.
+_JOBS: weakref.WeakKeyDictionary[Any, dict[Any, tuple[Job, Any]]] = weakref.WeakKeyDictionary()
 _MOST = 8  # kinds of calls that are remembered of a pipeline
 
 
@@ -83,7 +84,7 @@ class Chooser:
         if key not in jobs:
             if len(jobs) >= _MOST:
                 jobs.pop(next(iter(jobs)))
-            jobs[key] = count_job(
+            job = count_job(
                 self._pipe,
                 kwargs,
                 self._train,
@@ -94,7 +95,8 @@ class Chooser:
                 noise=noise,
                 through=through,
             )
-        return jobs[key]
+            jobs[key] = job, self._loss
+        return jobs[key][0]
 
     def _unplanned(self, budget: int, problem: UnsupportedError) -> MemoryPlan:
         """A budget for the calls alone: what the weights leave."""
