@@ -51,6 +51,11 @@ _EXPORTS: dict[str, str] = {
     "AdjointDEIS": "gradients",
     "Reversible": "gradients",
     "PerStep": "conditioning",
+    "All": "through",
+    "Last": "through",
+    "Random": "through",
+    "Steps": "through",
+    "Trace": "trace",
     "sample": "sampling",
     "encode": "encoding",
     "Solution": "sampling",
@@ -61,9 +66,13 @@ _EXPORTS: dict[str, str] = {
     "differentiable": "pipelines.differentiable",
     "plan": "pipelines.planned",
     "Choices": "planning.choices",
+    "doctor": "pipelines.doctor",
+    "Checkup": "pipelines.doctor",
     "optimize": "optimization",
     "Run": "run",
     "invert": "recipes.invert",
+    "verify": "verification.certificate",
+    "Certificate": "verification.certificate",
 }
 _MODULES = ("errors", "gradients", "losses", "memory", "recipes", "report", "solvers")
 

@@ -10,8 +10,8 @@ from ..errors import InputError
 from .config import Settings
 
 
-def open_pipeline(settings: Settings) -> Any:
-    """Load ``settings.model`` in its dtype and move it to its device.
+def open_pipeline(settings: Settings, **kwargs: Any) -> Any:
+    """Load ``settings.model`` in its dtype and move it to its device; ``kwargs`` go to ``load``.
 
     Raises:
         InputError: When the model cannot be loaded or the device is not there.
@@ -24,7 +24,7 @@ def open_pipeline(settings: Settings) -> Any:
     quiet()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the libraries' notices to each other
-        pipe: Any = load(settings.model, torch_dtype=getattr(torch, settings.dtype))
+        pipe: Any = load(settings.model, torch_dtype=getattr(torch, settings.dtype), **kwargs)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
