@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import typer
 from pydantic import BeforeValidator, Field
@@ -14,12 +14,12 @@ from .config import Settings, dump
 from .fields import Strings
 from .pipeline import open_pipeline
 
-METHODS = [
+METHODS: list[Any] = [
     "plain", "exact", "exact:max", "exact:min", "symplectic", "symplectic:stored", "reversible", "continuous",
     "continuous:recompute", "continuous:original", "continuous:exponential", "continuous:data", "continuous:heun",
     "continuous:rk4", "continuous:ab4", "continuous:adaptive", "deis1", "deis2m", "deis2s",
 ]  # fmt: skip
-SOLVERS = [
+SOLVERS: list[Any] = [
     "euler", "ddim", "midpoint", "heun", "ralston", "bogacki-shampine", "rk4", "three-eighths", "dormand-prince",
     "ab2", "ab3", "ab4", "deis2", "deis3", "deis4", "dpm2", "dpm3", "dpm++2m", "reversible-heun", "edict",
 ]  # fmt: skip

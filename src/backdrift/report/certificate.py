@@ -70,7 +70,7 @@ def read(folder: Path) -> dict[str, Any]:
 def headings() -> list[tuple[str, str]]:
     """The columns of the table, and what they mean."""
     return [
-        ("method", "the gradient method; “on …” where it runs on another solver than the one asked for"),
+        ("method", "the gradient method; “coupled”: it runs on the solver's reversible (McCallum–Foster) coupling"),
         ("own err.", "relative error to the sampler's own gradient, that of the steps as they were taken"),
         ("cos", "cosine of the angle to it"),
         (
@@ -113,10 +113,26 @@ def cells(row: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
 
 def label(row: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     """The method's name, with its solver where that could be another one."""
-    asked = record["settings"]["solver"]
-    if asked == [row["solver"]]:
-        return str(row["name"])
-    return f"{row['name']} on {str(row['solver']).replace(', zeta=None', '')}"
+    asked, solver, name = record["settings"]["solver"], str(row["solver"]), str(row["name"])
+    base = solver.removeprefix("McCallumFoster(").rsplit(", zeta", 1)[0]
+    if solver not in asked and base in asked:
+        return f"{name}, coupled" if len(asked) == 1 else f"{name} on {base}, coupled"
+    return name if asked == [solver] else f"{name} on {solver}"
+
+
+def errors_by_steps(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """A table of the errors at all numbers of steps but the one asked about: its headings and its rows."""
+    counts = record["settings"]["steps"][:-1]
+    names = ["method", *(f"{kind} err., {n} steps" for kind in ("own", "flow") for n in counts)]
+    found: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for row in record["rows"]:
+        found.setdefault(label(row, record), {})[row["steps"]] = row
+    rows = []
+    for name, by_steps in found.items():
+        known = [by_steps.get(n) for n in counts]
+        own = ["–" if row is None else _error(row["own"]) for row in known]
+        rows.append([name, *own, *("–" if row is None else _flow_error(row) for row in known)])
+    return names, rows
 
 
 def summary(record: Mapping[str, Any]) -> list[str]:
@@ -138,7 +154,7 @@ def trust(record: Mapping[str, Any]) -> list[str]:
         if one["rounding"] is not None:
             how += f"; in float64 it differs by {number(one['rounding'], 2)}"
         lines.append(
-            f"{how}; finite differences along {one['directions']} random directions differ from it by "
+            f"{how}; finite differences along {_directions(one['directions'])} differ from it by "
             f"{number(one['differences'], 2)} in float64."
         )
     flow = record["flow"]
@@ -165,6 +181,7 @@ def view(record: Mapping[str, Any]) -> dict[str, Any]:
     """Everything the template shows."""
     about = record["settings"]
     target = about["target"]
+    other = "flow" if target == "sampler" else "sampler"
     counts = sorted({row["steps"] for row in record["rows"]}, key=lambda n: (n != about["steps"][-1], n))
     chosen = record["recommendations"][target]
     return {
@@ -173,10 +190,7 @@ def view(record: Mapping[str, Any]) -> dict[str, Any]:
         "seed": about["seed"],
         "chosen": chosen,
         "target": TARGETS[target],
-        "other": {
-            "target": TARGETS[other := "flow" if target == "sampler" else "sampler"],
-            **record["recommendations"][other],
-        },
+        "other": record["recommendations"][other] | {"target": TARGETS[other]},
         "tiles": tiles(record),
         "trust": trust(record),
         "troubles": troubles(record),
@@ -244,7 +258,7 @@ def plots(record: Mapping[str, Any]) -> list[dict[str, Any]]:
             note = (
                 "The dashed line is how far the reference itself is known."
                 if target == "flow"
-                else "Methods whose error is rounding lie below this picture's range where it is exactly 0."
+                else "Where a method's error is exactly 0 it lies below this picture."
             )
             found.append(
                 {
@@ -320,6 +334,10 @@ def _shown(row: Mapping[str, Any], record: Mapping[str, Any], chosen: Mapping[st
         "method": row["method"],
         "best": best and row["verdict"] != "yardstick",
     }
+
+
+def _directions(count: int) -> str:
+    return "a random direction" if count == 1 else f"{count} random directions"
 
 
 def _error(difference: Mapping[str, Any] | None) -> str:

@@ -13,7 +13,7 @@ from .plot import Point, _log_ticks, _text, _ticks
 WIDTH, HEIGHT = 380, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 40
 #: The style sheet has as many colours; further series use them again with the next mark.
-COLOURS = 8
+COLOURS = 10
 
 
 @dataclass

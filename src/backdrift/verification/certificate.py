@@ -32,7 +32,7 @@ from .progress import announced
 from .recommendation import Recommendation, recommend
 from .rows import Row, Target
 from .sampler import Sampler, grid_with
-from .table import as_text, tables
+from .table import Tables, as_text
 from .verdicts import judge, judge_series, rounding_limit
 from .work import Work, with_flow
 
@@ -70,7 +70,7 @@ class Certificate:
         return as_text(self.record)
 
     def __rich__(self) -> Any:
-        return tables(self.record)
+        return Tables(self.record)
 
     def save(self, folder: str | Path) -> Path:
         """Write ``record.json`` and ``report.html`` into a folder; returns the page's path.
@@ -221,10 +221,10 @@ def _check(target: str, tolerance: float, directions: int, over: str) -> None:
 
 def _counts(steps: int | Sequence[int]) -> list[int]:
     """The numbers of steps, the one asked about last."""
-    given = list(steps) if isinstance(steps, list | tuple) else [steps]
+    given: list[Any] = list(steps) if isinstance(steps, list | tuple) else [steps]
     if not given or any(isinstance(n, bool) or not isinstance(n, int) or n < 2 for n in given):
         raise InputError(f"steps must be whole numbers of at least 2; got {steps!r}")
-    if isinstance(steps, int) or len(given) == 1:
+    if len(given) == 1:
         return sorted({max(2, given[0] // 4), max(2, given[0] // 2), given[0]})
     if len(set(given)) < len(given):
         raise InputError(f"steps names a number twice; got {given}")

@@ -97,7 +97,7 @@ def _because(row: Row, fitting: Sequence[Row], target: Target, exact: bool) -> s
     error = row.error(target)
     assert error is not None
     what = "the sampler's own gradient" if target == "sampler" else "the true flow's gradient"
-    far = "none" if error == 0 else number(error, 2)
+    far = "0" if error == 0 else number(error, 2)
     text = (
         f"{row.method} on {row.solver}, {row.steps} steps: its error to {what} is {far}, in {row.calls} network calls "
         f"and {row.vjps} vector–Jacobian products, {seconds(row.seconds)}"

@@ -3,24 +3,54 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..report.certificate import cells, headings, summary
+from ..report.certificate import cells, errors_by_steps, headings, summary
 
 _COLOURS = {"exact": "green", "within": "green", "off": "yellow", "failed": "bold red", "refused": "dim"}
+#: Columns left out where the terminal is narrower than that many characters.
+_NARROW = ((122, ("cos", "growth")), (96, ("VJPs",)))
 
 
-def tables(record: Mapping[str, Any]) -> Any:
-    """One rich table for the steps asked about, one for the others, what could not be measured, and what follows."""
-    from rich.console import Group
-    from rich.text import Text
+class Tables:
+    """A record to be printed by rich: the rows at the steps asked about, the errors at all steps, and what follows."""
 
-    parts: list[Any] = []
-    for title, rows in _groups(record):
-        parts += [_table(title, rows, record), Text()]
-    parts += [Text(line) for line in summary(record)]
-    return Group(*parts)
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        self.record = record
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        from rich.text import Text
+
+        yield self._asked(options.max_width)
+        yield Text()
+        if len({row["steps"] for row in self.record["rows"]}) > 1:
+            yield self._by_steps()
+            yield Text()
+        for line in summary(self.record):
+            yield Text(line)
+
+    def _asked(self, width: int) -> Any:
+        from rich.text import Text
+
+        left_out = {name for least, names in _NARROW if width < least for name in names}
+        names = [name for name, _ in headings()]
+        shown = [i for i, name in enumerate(names) if name not in left_out]
+        steps = self.record["settings"]["steps"][-1]
+        table = _table(f"{steps} steps", [names[i] for i in shown])
+        for row in self.record["rows"]:
+            if row["asked"]:
+                texts = cells(row, self.record)
+                styles = ["" for _ in texts[:-1]] + [_COLOURS.get(texts[-1], "")]
+                table.add_row(*(Text(texts[i], style=styles[i]) for i in shown))
+        return table
+
+    def _by_steps(self) -> Any:
+        names, rows = errors_by_steps(self.record)
+        table = _table("Errors at fewer steps", names)
+        for row in rows:
+            table.add_row(*row)
+        return table
 
 
 def as_text(record: Mapping[str, Any], width: int = 140) -> str:
@@ -28,28 +58,17 @@ def as_text(record: Mapping[str, Any], width: int = 140) -> str:
     from rich.console import Console
 
     stream = io.StringIO()
-    Console(file=stream, width=width, color_system=None, highlight=False).print(tables(record))
+    Console(file=stream, width=width, color_system=None, highlight=False).print(Tables(record))
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
 
-def _groups(record: Mapping[str, Any]) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """The rows of each number of steps, the one asked about last, where it is read."""
-    found: dict[int, list[Mapping[str, Any]]] = {}
-    for row in record["rows"]:
-        found.setdefault(row["steps"], []).append(row)
-    return [(f"{steps} steps", rows) for steps, rows in found.items()]
-
-
-def _table(title: str, rows: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> Any:
+def _table(title: str, names: list[str]) -> Any:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
-    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
-    for i, (name, _) in enumerate(headings()):
-        table.add_column(name, justify="left" if i < 1 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(
-            *(Text(cell) for cell in cells(row, record)[:-1]),
-            Text(str(row["verdict"]), style=_COLOURS.get(str(row["verdict"]), "")),
-        )
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    for i, name in enumerate(names):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     return table
