@@ -1,0 +1,1 @@
+"""backdrift's gradient methods beside other packages' on the same work (see ``__main__``)."""
