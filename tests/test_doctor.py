@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 import diffusers
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 import backdrift as bd
 from backdrift.errors import InputError
 from pipeline_state import state_of
-from tiny_pipelines import PICTURE, embeds_for, tiny_ddim, tiny_flux, tiny_sd, tiny_sdxl
+from tiny_pipelines import PICTURE, embeds_for, tiny_ddim, tiny_sd, tiny_sdxl
 
 
 def said(checkup: Any) -> str:
@@ -128,6 +127,53 @@ def test_a_wrong_backward_pass_is_found_and_named(place: str) -> None:
     assert "do not trust" in checkup.summary
 
 
+class Scaling(torch.autograd.Function):
+    """A product with a weight whose gradient is forgotten to be one half of."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return grad * weight, 0.5 * (grad * x).sum((0, 2, 3), keepdim=True)
+
+
+class Scale(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Scaling.apply(nn.functional.silu(x), self.weight)
+
+
+def test_a_wrong_gradient_of_weights_is_found() -> None:
+    pipe = tiny_sd()
+    pipe.unet.conv_act = Scale(8)
+    checkup = bd.doctor(pipe, train="unet.conv_act*", directions=1)
+    assert checkup["by the noise"].status == "ok", said(checkup)
+    assert checkup["by the weights"].status == "failed", said(checkup)
+    assert "whose weights are trained" in checkup["where"].found
+
+
+def test_half_precision_is_upcast_and_checked_in_single_precision() -> None:
+    pipe = tiny_sdxl()
+    pipe.vae.register_to_config(force_upcast=True)
+    pipe.to(torch.float16)
+    before = state_of(pipe)
+    checkup = bd.doctor(pipe, directions=1)
+    assert state_of(pipe) == before
+    assert checkup["decoder's precision"].status == "handled"
+    assert checkup.ok, said(checkup)
+    assert checkup["beside plain autograd"].figures["relative difference"] == 0.0
+    assert checkup["by the noise"].status == "ok", said(checkup)
+    pipe.vae.decoder.conv_act = WeakerSiLU()
+    assert bd.doctor(pipe, directions=1)["by the noise"].status == "failed"
+
+
 def test_a_step_that_hides_its_rounding_is_found() -> None:
     """Wrong only beyond the numbers that the scheduler's own check tries."""
 
@@ -176,141 +222,6 @@ def test_a_wrong_compiled_backward_is_told_by_how_much() -> None:
     assert checkup.ok  # a run does not use it
     pipe.unet.conv_in.compile(backend="eager")
     assert bd.doctor(pipe, directions=0)["unet: compiled backward"].status == "ok"
-
-
-# ---- set-ups -------------------------------------------------------------------------------------------------
-
-
-class Detaching(diffusers.DDIMScheduler):
-    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
-        return super().step(model_output, timestep, sample.detach(), **kwargs)
-
-
-class Cutting:
-    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states.detach()
-
-
-def test_all_refusals_are_told_not_only_the_first() -> None:
-    from torch.nn.parallel import DataParallel
-
-    pipe = tiny_sd()
-    pipe.scheduler = Detaching.from_config(tiny_ddim().config)
-    pipe.unet.set_attn_processor(Cutting())
-    state = {"kept": [0]}
-    inner = pipe.vae.decoder.mid_block.forward
-
-    def keeping(*args: Any, **kwargs: Any) -> Any:
-        state["kept"].append(1)
-        return inner(*args, **kwargs)
-
-    pipe.vae.decoder.mid_block.forward = keeping
-    pipe.text_encoder = DataParallel(pipe.text_encoder)
-    checkup = bd.doctor(pipe)
-    assert not checkup.ok
-    refused = {row.title: f"{row.found}; {row.advice}" for row in checkup.refused}
-    assert set(refused) == {"scheduler", "unet: refused", "vae: refused", "text_encoder: refused"}
-    for title, words in (
-        ("scheduler", "DDIMScheduler.from_config"),
-        ("unet: refused", "set_default_attn_processor"),
-        ("vae: refused", "keeps a dict"),
-        ("text_encoder: refused", "DataParallel"),
-    ):
-        assert words in refused[title]
-    assert not any(row.topic == "gradient" for row in checkup)  # nothing was run
-    assert "not differentiable" in checkup.summary
-    with pytest.raises(bd.errors.UnsupportedError):
-        bd.differentiable(pipe)
-
-
-def test_hooks_that_move_weights_are_told() -> None:
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-
-    pipe = tiny_sd()
-    add_hook_to_module(pipe.unet, AlignDevicesHook("cpu", io_same_device=True))
-    checkup = bd.doctor(pipe, directions=1)
-    if checkup.refused:
-        with pytest.raises(bd.errors.UnsupportedError, match=re.escape(checkup["unet: refused"].found)):
-            bd.differentiable(pipe)
-    else:
-        assert "AlignDevicesHook" in checkup["unet: offloading"].found
-        assert checkup.ok, said(checkup)
-    assert hasattr(pipe.unet, "_hf_hook")
-
-
-def test_half_precision_is_upcast_and_checked_in_single_precision() -> None:
-    pipe = tiny_sdxl()
-    pipe.vae.register_to_config(force_upcast=True)
-    pipe.to(torch.float16)
-    before = state_of(pipe)
-    checkup = bd.doctor(pipe, directions=1)
-    assert state_of(pipe) == before
-    assert checkup["decoder's precision"].status == "handled"
-    assert checkup.ok, said(checkup)
-    assert checkup["beside plain autograd"].figures["relative difference"] == 0.0
-    assert checkup["by the noise"].status == "ok", said(checkup)
-    pipe.vae.decoder.conv_act = WeakerSiLU()
-    assert bd.doctor(pipe)["by the noise"].status == "failed"
-
-
-def test_caches_are_handled_and_keep_their_state() -> None:
-    pipe = tiny_flux()
-    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.4))
-    checkup = bd.doctor(pipe, directions=1, num_inference_steps=4)
-    assert checkup["transformer: hooks"].status == "handled", said(checkup)
-    assert checkup["beside plain autograd"].status == "ok", said(checkup)
-    pipe = tiny_flux()
-    pipe.transformer.enable_cache(
-        diffusers.PyramidAttentionBroadcastConfig(
-            spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
-        )
-    )
-    assert "disable_cache()" in bd.doctor(pipe)["transformer: refused"].advice
-
-
-class Watermark:
-    def apply_watermark(self, images: Tensor) -> Tensor:
-        return torch.from_numpy(images.numpy())
-
-
-def test_what_is_set_up_has_its_row() -> None:
-    pipe = tiny_sd(safety_checker=True)
-    pipe.watermark = Watermark()
-    pipe.unet.enable_gradient_checkpointing()
-    pipe.unet.train()
-    pipe.vae.enable_tiling()
-    inner = pipe.unet.mid_block.forward
-    pipe.unet.mid_block.forward = lambda *args, **kwargs: 0.5 * inner(*args, **kwargs)
-    checkup = bd.doctor(pipe, directions=0)
-    handled = {row.title for row in checkup.of("handled")}
-    assert {"safety checker", "watermark", "unet: checkpointing", "unet: own forward", "outputs"} <= handled
-    assert checkup["decoder's tiles"].status == "warning"
-    assert "train mode" in checkup["unet"].found
-    absent = checkup["not set up"].found
-    for thing in ("offloading", "torch.compile", "quantised weights", "adapters", "DistributedDataParallel"):
-        assert thing in absent
-    for thing in ("safety checker", "watermark", "gradient checkpointing"):
-        assert thing not in absent
-    assert "keeps state over the steps" not in checkup["scheduler"].found  # DDIM keeps none
-    pipe = tiny_sd()
-    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_out[1].p = 0.5
-    pipe.unet.train()
-    checkup = bd.doctor(pipe, directions=0)
-    assert "model_outputs" in checkup["scheduler"].found
-    assert checkup["unet"].status == "warning"
-    assert "1 Dropout at work" in checkup["unet"].found
-
-
-def test_quantised_weights_have_their_row() -> None:
-    pipe = tiny_sd()
-    pipe.unet.conv_in.weight = nn.Parameter(pipe.unet.conv_in.weight.to(torch.int8), requires_grad=False)
-    checkup = bd.doctor(pipe, directions=0)
-    assert "by the noise" not in checkup
-    row = checkup["unet: quantised"]
-    assert row.status == "handled"
-    assert "1 tensors" in row.found
-    assert "int8" in row.found
 
 
 # ---- what cannot be examined ---------------------------------------------------------------------------------

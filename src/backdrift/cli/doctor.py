@@ -86,31 +86,28 @@ def doctor(settings: DoctorSettings) -> None:
 
 
 def _print(checkup: Any) -> None:
+    from itertools import groupby
+
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console(highlight=False)
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(max_width=28, overflow="fold")
-    table.add_column(overflow="fold")
-    topic = ""
-    for row in checkup:
-        if row.topic != topic:
-            topic = row.topic
-            table.add_row("", "", "")
-            table.add_row(Text(topic.upper(), style="bold"), "", "")
-        told = Text(row.found)
-        if row.advice:
-            told.append(
-                f"\n→ {row.advice}", style="" if row.status in ("refused", "failed", "warning") else "dim"
-            )
-        table.add_row(Text(row.status, style=_COLOURS[row.status]), Text(row.title), told)
-    console.print(table)
-    colour = "green" if checkup.ok else "red"
-    console.print()
-    console.print(Text(checkup.summary, style=f"bold {colour}"))
+    titles = min(28, max(len(row.title) for row in checkup))
+    for topic, rows in groupby(checkup, key=lambda row: row.topic):
+        console.print(Text(f"\n{topic.upper()}", style="bold"))
+        table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+        table.add_column(width=max(map(len, _COLOURS)))
+        table.add_column(width=titles, overflow="fold")
+        table.add_column(overflow="fold")
+        for row in rows:
+            told = Text(row.found)
+            if row.advice:
+                pressing = row.status in ("refused", "failed", "warning")
+                told.append(f"\n→ {row.advice}", style="" if pressing else "dim")
+            table.add_row(Text(row.status, style=_COLOURS[row.status]), Text(row.title), told)
+        console.print(table)
+    console.print(Text(f"\n{checkup.summary}", style=f"bold {'green' if checkup.ok else 'red'}"))
 
 
 def add_to(app: typer.Typer) -> None:

@@ -176,15 +176,16 @@ def _measure(
     if directions and rows.rows and not any(r.title == "finite" and r.status == "failed" for r in rows.rows):
         tell("comparing with finite differences")
         rows.add("gradient", "finite differences", lambda: difference_rows(subject, ours, directions))
-        if any(r.title.startswith("by the ") and r.status == "failed" for r in rows.rows):
+        wrong = {r.title for r in rows.rows if r.title.startswith("by the ") and r.status == "failed"}
+        if wrong:
             tell("looking for the layer that is wrong")
-            rows.add("gradient", "where", lambda: _where(subject))
+            rows.add("gradient", "where", lambda: _where(subject, wrong))
     tell("counting memory")
     rows.add("memory and time", "small call", lambda: small_rows(subject, ours, most))
     rows.add("memory and time", "at the model's own size", lambda: planned_rows(subject))
 
 
-def _where(subject: Subject) -> Row:
+def _where(subject: Subject, wrong: set[str]) -> Row:
     found = wrong_layers(subject)
     if found:
         told = f"the backward pass is not that of the forward pass in {', '.join(found[:6])}"
@@ -192,6 +193,9 @@ def _where(subject: Subject) -> Row:
             "torch.autograd.gradcheck on it; a custom autograd.Function or kernel there is the first suspect"
         )
         return Row("failed", "gradient", "where", told, advice)
+    if wrong == {"by the weights"}:
+        told = "by its inputs every network is right: it is in a layer whose weights are trained"
+        return Row("warning", "gradient", "where", told, "torch.autograd.gradcheck on the layers that train= names")
     told = "every network by itself is right: it is in the pipeline's or the scheduler's code"
     advice = "look for .detach(), .data, rounding and in-place writes between the networks' calls"
     return Row("warning", "gradient", "where", told, advice)

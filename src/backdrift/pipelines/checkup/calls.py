@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..forwards import own_forwards
 from ..shadow import shadow, unwrapped
+from ..states import own_hooks
 from . import networks as look
 from .differences import Leaves, judged, rounding_of, slope
 from .gradient import Subject, apart
@@ -57,11 +59,20 @@ def compiled_rows(subject: Subject) -> Iterator[Row]:
 def _compiled_error(module: nn.Module, call: Call, seed: int) -> float:
     """Largest relative difference of results and gradients by a call's inputs."""
     method = call.method
-    eager = shadow(unwrapped(module), set())
+    eager = _copy_of(module)
     inner: Any = module
     found = [_pulled(getattr(inner, method) if method != "forward" else inner, call, seed)]
     found.append(_pulled(getattr(eager, method) if method != "forward" else eager, call, seed))
     return max(apart(a, b) for a, b in zip(*found, strict=True))
+
+
+def _copy_of(module: nn.Module) -> nn.Module:
+    """The network inside its wrappers once more, uncompiled, with hooks of its own."""
+    inner = unwrapped(module)
+    ours = shadow(inner, set())
+    own_forwards(inner, ours)
+    own_hooks(inner, ours)
+    return ours
 
 
 def _pulled(function: Callable[..., Any], call: Call, seed: int) -> list[Tensor | None]:
@@ -78,14 +89,14 @@ def _pulled(function: Callable[..., Any], call: Call, seed: int) -> list[Tensor 
 # ---- which layer is wrong -------------------------------------------------------------------------------
 
 
-def wrong_layers(subject: Subject, trained: bool = False) -> list[str]:
+def wrong_layers(subject: Subject) -> list[str]:
     """The innermost layers whose backward pass does not agree with finite differences of themselves.
 
     Every network that the small call called is looked into, and inside a wrong one the layers that it called.
     """
     found: list[str] = []
     for call in subject.call.watch.calls.values():
-        network = shadow(unwrapped(modules(subject.pipe)[call.component]), set())
+        network = _copy_of(modules(subject.pipe)[call.component])
         function = network if call.method == "forward" else getattr(network, call.method)
         name = call.component if call.method == "forward" else f"{call.component}.{call.method}"
         try:

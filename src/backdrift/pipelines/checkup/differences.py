@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 _SMALLEST, _LARGEST = 1e-3, 0.04  # first steps, in units of the root mean square of what is moved
-_UNSURE = 0.05  # of the slope that is expected: less sure than this, and smaller steps are tried
+_UNSURE = 0.02  # of the slope that is expected: less sure than this, and smaller steps are tried
 _PART = 2e-4  # of the slope that is expected: what rounding may do to it at the first step
 _POINTS = 6  # values that the rounding is measured on
 Leaves = dict[str, Tensor]
@@ -133,7 +133,7 @@ def rms(x: Tensor) -> float:
 
 def moved(leaves: Leaves, way: Leaves, by: float) -> Leaves:
     """The tensors, moved, in their own precision."""
-    return {k: (x.detach().cpu().double() + by * way[k]).to(x) for k, x in leaves.items()}
+    return {k: (x.detach().cpu().double() + by * way[k]).to(x.dtype).to(x.device) for k, x in leaves.items()}
 
 
 def judged(slopes: Sequence[Slope], floor: float) -> tuple[float, float]:

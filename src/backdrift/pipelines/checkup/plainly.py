@@ -19,6 +19,7 @@ from ..clone import clone_of
 from ..draws import Noise, drawing
 from ..endings import ending_of
 from ..modular import is_modular
+from ..offloaded import Offloading
 from ..outputs import first_tensor, unclamped
 from ..refusals import image_processors, plain_class, undecorated_call
 from ..rehearsal import role_of
@@ -84,10 +85,9 @@ class Watch:
     encoded: Any = None
 
     def dress(self, name: str, module: nn.Module) -> nn.Module:
-        role = role_of(name, module)
-        methods = ["forward", *(m for m in ("encode", "decode") if role == "decoder" and hasattr(module, m))]
-        for method in methods:
-            setattr(module, method, self._watched(getattr(module, method), name, method, role))
+        for method in methods_of(name, module):
+            watched = self._watched(getattr(module, method), name, method, role_of(name, module))
+            setattr(module, method, watched)
         return module
 
     def over(self, clone: Any) -> None:
@@ -120,6 +120,12 @@ class Watch:
         return watched
 
 
+def methods_of(name: str, module: nn.Module) -> list[str]:
+    """The methods by which a pipeline calls a network."""
+    coder = role_of(name, module) == "decoder"
+    return ["forward", *(m for m in ("encode", "decode") if coder and hasattr(module, m))]
+
+
 def settle() -> None:
     """Wait for the device, so that times are its own."""
     if torch.cuda.is_initialized():
@@ -150,9 +156,15 @@ def sampled(
     ending = ending_of(plain_class(type(pipe)), False)
     call = PipelineCall.of(pipe, (), arguments, ending.output_type if ending is not None else "pt")
 
+    offloading = Offloading(pipe)
+
     def dressed(name: str, module: nn.Module) -> nn.Module:
         if dress is not None:
             module = dress(name, module)
+        residence = offloading.residence(name, module)
+        if residence is not None:
+            for method in methods_of(name, module):
+                setattr(module, method, residence.around(getattr(module, method)))
         if watch is not None:
             watch.dress(name, module)
         return stays_upcast(module) if hasattr(module, "decode") else module
@@ -163,7 +175,7 @@ def sampled(
     waiting = Noise(torch.empty(0) if noise is None else noise)
     if watch is not None:
         watch.over(clone)
-    with drawing(waiting), nullcontext() if ending is None else ending:
+    with offloading, drawing(waiting), nullcontext() if ending is None else ending:
         out = call.run(clone)
     if watch is not None:
         watch.drawn = waiting.drawn

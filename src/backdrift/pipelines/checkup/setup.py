@@ -107,8 +107,9 @@ def _offloading(pipe: Any, refused: set[str]) -> Iterator[Row]:
         found = look.offloading(module)
         if found and key not in refused:
             yield Row(
-                "handled", TOPIC, f"{key}: offloading", f"{found}: weights come and go in backward() too"
-            )
+                "handled", TOPIC, f"{key}: offloading",
+                f"{found}: a run keeps one phase's networks on the device at a time, forward and backward",
+            )  # fmt: skip
 
 
 def _caches(pipe: Any, refused: set[str]) -> Iterator[Row]:
