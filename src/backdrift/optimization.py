@@ -18,8 +18,9 @@ from .descent.subject import (
     picture_size,
     sampler_call,
 )
-from .errors import InputError
+from .errors import InputError, MissingGradientError
 from .run import Run
+from .through import Through
 
 
 def optimize(
@@ -51,6 +52,7 @@ def optimize(
     chunk: int | None = None,
     memory: str | int = "auto",
     clamp: bool = False,
+    through: Through | str = "all",
     out: str | Path | None = None,
     resume: bool = True,
     checkpoint_every: int = 1,
@@ -86,6 +88,9 @@ def optimize(
         chunk: examples per call of the pipeline; the gradients are added up.
         memory: the plan of ``differentiable``; it does not change the result.
         clamp: whether pictures are clamped to [0, 1] as diffusers does, which loses the gradient of clamped pixels.
+        through: which of the sampler's steps carry the gradient: ``All()``, ``Last(K)``, ``Random(K)`` (drawn anew in
+            each iteration), ``Steps([...])`` or their text, as in :func:`~backdrift.differentiable`. Norms of the
+            gradient at each step are in the record's ``trace``.
         out: the run's folder; default ``runs/optimize-<digits of the settings>``. One that holds the same
             settings' unfinished run is continued, a finished one is returned as it is.
         resume: ``False`` refuses a folder that already holds a run.
@@ -101,7 +106,7 @@ def optimize(
         InputError: a setting cannot be used, the loss does not depend on the pictures or returns another shape,
             or the folder holds another run.
         NonFiniteError: pictures, loss or gradient became NaN or infinite; the run so far stays saved.
-        MissingGradientError: the pictures do not depend on what was to be optimised.
+        MissingGradientError: the pictures do not depend on what was to be optimised, or ``through`` cuts it off.
     """
     from .losses import resolve
 
@@ -120,6 +125,13 @@ def optimize(
         more = make_examples(pipe, list(heldout_prompts), height, width, seed + 1, None)
     call = sampler_call(pipe, height, width, num_inference_steps, guidance_scale, pipeline_kwargs)
     options = Options.among(locals())
+    cut = options.choice.choose(num_inference_steps).cut
+    if cut and variable.name == "noise":
+        raise MissingGradientError(
+            f"over='noise' with through={options.choice.spec!r}: the state is cut where step {cut} of "
+            f"{num_inference_steps} begins, so no gradient would reach the noise: Steps(range({cut}, "
+            f"{num_inference_steps})) keeps the state's path, All() everything"
+        )
     settings = options.settings(variable) | {
         "loss": objective.spec,
         "loss_tensors": describe_tensors(objective),

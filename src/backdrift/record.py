@@ -54,6 +54,7 @@ def nothing_done() -> dict[str, Any]:
         "pictures": {},
         "tensors": {},
         "files": {},
+        "trace": None,
         "stats": dict.fromkeys(("network_calls", "redone", "vjps", "peak_bytes", "seconds")),
         "figures": {},
     }

@@ -34,7 +34,9 @@ The record (``record.json``, UTF-8, no NaN: an unknown number is ``null``)
                           ``loss`` (mean over samples, without the prior),
                           ``per_sample`` (list of losses), ``examples`` (their indices),
                           ``grad_norm`` (before clipping; ``null`` where no gradient was taken),
-                          ``lr``, ``seconds``, and where asked for ``prior`` and ``heldout``
+                          ``lr``, ``seconds``, and where asked for ``prior`` and ``heldout``;
+                          ``through`` (the sampler's steps that were drawn) where they are drawn at random;
+                          ``"exploding": true`` where the gradient grew beyond measure on its way
 ``best``                  ``null`` or {``iteration``, ``loss``, ``heldout`` (or ``null``)}, and for
                           independent samples ``per_sample``: list of {``iteration``, ``loss``}
 ``pictures``              {name: {``path``, ``caption``}}, in the order in which to show them; ``path``
@@ -42,6 +44,9 @@ The record (``record.json``, UTF-8, no NaN: an unknown number is ``null``)
                           ``"flagged": true`` where the pipeline's safety checker flagged a picture of it
 ``tensors``               {name: {``path``, ``shapes``: {tensor name: [sizes]}}}
 ``files``                 {name: {``path``, ``caption``}}: other things to take away (an embedding, a LoRA)
+``trace``                 ``null`` or the last gradient's way through the sampler's N steps: {``iteration``,
+                          ``through``, ``steps`` (that carried it), ``latents`` (N + 1 norms), ``eps`` (N
+                          norms), ``growth`` (N ratios), ``clipped``, ``exploding``}
 ``stats``                 {``network_calls``, ``redone``, ``vjps``, ``peak_bytes``, ``seconds``}: sums over
                           the run (``peak_bytes``: the maximum); a figure that is not known is ``null``
 ``figures``               {name: number or string}: the table of results to print

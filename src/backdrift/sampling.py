@@ -193,8 +193,8 @@ def check_through(through: Through, gradient: GradientMethod, plan: Plan) -> Non
     asked = f"through={through.spec!r}"
     if not gradient.by_calls:
         raise UnsupportedError(
-            f"{gradient!r} differentiates the run as a whole and cannot do {asked}: use gradient=Exact() or Plain(), or "
-            "through=All()"
+            f"{gradient!r} differentiates the run as a whole and cannot do {asked}: use gradient=Exact() or Plain(), "
+            "or through=All()"
         )
     if isinstance(plan.solver, ReversibleSolver):
         raise UnsupportedError(

@@ -4,30 +4,31 @@ A run takes the state x_0 (noise) to x_N (finished) in N steps,
 
     e_i = network(x_i, t_i, c),        x_{i+1} = step_i(x_i, e_i),        i = 0 … N - 1,
 
-(``step_i`` is the scheduler's or the solver's arithmetic; with a history it also sees earlier e and x). With the adjoint
-``a_i = dL/dx_i``, plain backpropagation is
+(``step_i`` is the scheduler's or the solver's arithmetic; with a history it also sees earlier e and x). With the
+adjoint ``a_i = dL/dx_i``, plain backpropagation is
 
-    a_i = (d step_i/dx_i + d step_i/de_i · de_i/dx_i)^T a_{i+1},    dL/dw = sum_i (de_i/dw)^T (d step_i/de_i)^T a_{i+1}.
+    a_i = (d step_i/dx_i + d step_i/de_i · de_i/dx_i)^T a_{i+1},
+    dL/dw = sum_i (de_i/dw)^T (d step_i/de_i)^T a_{i+1}.
 
 A choice here changes four things in that, and nothing in the values that are computed:
 
-* In a step that is *not chosen*, e_i is a constant: the network is called once, without a graph, keeps nothing and is not
-  redone. The state's own path, ``d step_i/dx_i``, stays, but for ``Last``.
+* In a step that is *not chosen*, e_i is a constant: the network is called once, without a graph, keeps nothing and is
+  not redone. The state's own path, ``d step_i/dx_i``, stays, but for ``Last``.
 * ``Last(K)`` also *cuts* the state where its first step begins: x_{N-K} is a constant, and so is everything before
   (``torch.no_grad`` over the first N - K steps). No gradient reaches the noise.
-* ``detach_input``: the network's input is a constant, ``e_i = network(sg(x_i), t_i, c)``: the term ``de_i/dx_i`` is left
-  out. ``input_discount = g`` keeps g times it.
+* ``detach_input``: the network's input is a constant, ``e_i = network(sg(x_i), t_i, c)``: the term ``de_i/dx_i`` is
+  left out. ``input_discount = g`` keeps g times it.
 * ``discount = g``: at each boundary between two steps the adjoint is multiplied by g, so ``a_i`` becomes ``g a_i`` for
   0 < i < N, and step i's share of a weight's gradient is worth ``g^(N-1-i)``.
 
 Where these are from. DRaFT-K (Clark et al. 2024, *Directly Fine-Tuning Diffusion Models on Differentiable Rewards*) is
-``Last(K)``. AlignProp (Prabhudesai et al. 2023) detaches e_i before a step drawn at random, which gives weights the same
-gradient as ``Last(K)`` with a K drawn for each update. DRTune (Wu et al. 2024, *Deep Reward Supervisions for Tuning
-Text-to-Image Diffusion Models*) trains some steps, network inputs detached: ``Random(K, detach_input=True)`` or ``Steps``
-at equal distances. LeapAlign (Liang et al. 2026) scales the gradient by the network's input down instead of dropping it:
-``input_discount``, here on the sampler's own steps. ReFL (Xu et al. 2023) and DRaFT-LV leave the sampler's path, for a
-picture predicted in one step or noised again: they are other losses, and not a choice of steps. ``discount`` has no paper
-that we know of: it is truncation with a soft end.
+``Last(K)``. AlignProp (Prabhudesai et al. 2023) detaches e_i before a step drawn at random, which gives weights the
+same gradient as ``Last(K)`` with a K drawn for each update. DRTune (Wu et al. 2024, *Deep Reward Supervisions for Tuning
+Text-to-Image Diffusion Models*) trains some steps, network inputs detached: ``Random(K, detach_input=True)``, or
+``Steps`` at equal distances. LeapAlign (Liang et al. 2026) scales the gradient by the network's input down instead of
+dropping it: ``input_discount``, here on the sampler's own steps. ReFL (Xu et al. 2023) and DRaFT-LV leave the sampler's
+path, for a picture predicted in one step or noised again: they are other losses, and not a choice of steps.
+``discount`` has no paper that we know of: it is truncation with a soft end.
 
 None but ``All()`` gives the gradient of the loss.
 """
@@ -36,6 +37,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import pairwise
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -170,8 +172,8 @@ class All(Through):
 class Last(Through):
     """The last ``k`` steps carry the gradient, and the state is cut where they begin (DRaFT-K).
 
-    No gradient reaches the noise or any latent before; asking for one raises. ``Steps(range(-k, 0))`` is the same without
-    the cut. With ``k`` equal to the number of steps nothing is cut.
+    No gradient reaches the noise or any latent before; asking for one raises. ``Steps(range(-k, 0))`` is the same
+    without the cut. With ``k`` equal to the number of steps nothing is cut.
 
     Args:
         k: how many steps, 1 or more; when a run begins, at most its steps.
@@ -196,8 +198,9 @@ class Random(Through):
     """``k`` steps drawn at random carry the gradient; the state's path is kept throughout.
 
     Every set of k steps is equally likely. The draw depends on ``seed`` and on the number of the draw alone, never on
-    torch's global random state: the first call of a run of ``differentiable`` is draw 0, the next one draw 1; ``sample`` makes
-    draw ``first``; ``optimize`` makes draw i in iteration i. What was drawn is in the run's ``trace.steps``.
+    torch's global random state. Numbers begin at ``first``: call n (from 0) of a run of ``differentiable`` makes draw
+    ``first + n``, iteration i of ``optimize`` draw ``first + i``, ``sample`` draw ``first``. What was drawn is in the
+    run's ``trace.steps``.
 
     Args:
         k: how many steps, 1 or more; when a run begins, at most its steps.
@@ -267,7 +270,7 @@ class Steps(Through):
                 f"Steps names step {wrong[0]}, and the run has {total} steps: 0 to {total - 1}, or -{total} to -1"
             )
         found = sorted(step % total for step in self.steps)
-        twice = [a for a, b in zip(found, found[1:], strict=False) if a == b]
+        twice = [a for a, b in pairwise(found) if a == b]
         if twice:
             raise InputError(f"Steps names step {twice[0]} of the run's {total} twice")
         return Chosen(total, tuple(found))

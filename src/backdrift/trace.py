@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ EXPLODING = 1e3
 class Trace:
     """Gradient norms of one run, step by step; filled by its last backward pass.
 
-    Norms are 2-norms over all samples together, as they arrive: behind the clipping and the discount of later boundaries,
-    before those of their own. None stands for what no backward pass has come by (yet).
+    Norms are 2-norms over all samples together, as they arrive: behind the clipping and the discount of later
+    boundaries, before those of their own. None stands for what no backward pass has come by (yet).
 
     Attributes:
         through: the choice of steps.
@@ -60,7 +61,7 @@ class Trace:
 
     @property
     def growth(self) -> list[float | None]:
-        """N ratios: how much larger the gradient leaves step i backwards than it came in, latents[i] / latents[i + 1]."""
+        """N ratios latents[i] / latents[i + 1]: how much larger the gradient leaves step i backwards than it came."""
         norms = self.latents
         return [_ratio(norms[i], norms[i + 1]) for i in range(self.total)]
 
@@ -112,7 +113,7 @@ class Trace:
             rows = zip(*(part[name] for part in parts), strict=False)
             whole[name] = [None if None in row else math.hypot(*row) for row in rows]
         norms = whole["latents"]
-        whole["growth"] = [_ratio(a, b) for a, b in zip(norms, norms[1:], strict=False)]
+        whole["growth"] = [_ratio(a, b) for a, b in pairwise(norms)]
         whole["clipped"] = sorted({i for part in parts for i in part["clipped"]})
         whole["exploding"] = any(part["exploding"] for part in parts)
         return whole

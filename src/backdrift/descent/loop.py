@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import InputError, NonFiniteError
 from ..progress import progress_bar
 from ..run import Run
+from ..through import Random
 from .best import BestSoFar
 from .measure import Measure, Measured, Objective, check_finite, check_values
 from .optimizers import make_optimizer, make_schedule
@@ -118,7 +119,7 @@ class Descent:
         began = time.perf_counter()
         batch, last = self._batch(i), i == self.options.steps
         try:
-            found = self.measure(self.examples, batch, self.objective, gradient=not last)
+            found = self.measure(self.examples, batch, self.objective, gradient=not last, draw=i)
             prior = self._add_prior(batch, found.gradients)
         except NonFiniteError as error:
             raise NonFiniteError(
@@ -164,6 +165,12 @@ class Descent:
         }
         if prior is not None:
             entry["prior"] = prior.mean().item()
+        if found.trace is not None:
+            self.run.record["trace"] = {"iteration": i, **found.trace}
+            if isinstance(self.options.choice, Random):
+                entry["through"] = found.trace["steps"]
+            if found.trace["exploding"]:
+                entry["exploding"] = True
         self.run.record["iterations"].append(entry)
 
     def _update(self, gradients: dict[str, Tensor], scores: Tensor) -> None:

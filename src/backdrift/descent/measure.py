@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError, MissingGradientError, NonFiniteError
 from ..stats import RunStats
+from ..trace import Trace
 from .options import Options
 from .randomness import generator
 from .subject import Example
@@ -29,12 +30,15 @@ class Measured:
         losses: (n,).
         gradients: by parameter; empty where none was taken.
         flagged: (n,) booleans: what the pipeline's safety checker says; all false without one.
+        trace: the gradient on its way through the sampler's steps (:meth:`~backdrift.Trace.as_dict`); None where none
+            was taken.
     """
 
     images: Tensor
     losses: Tensor
     gradients: dict[str, Tensor]
     flagged: Tensor
+    trace: dict[str, Any] | None = None
 
 
 class Measure:
@@ -48,9 +52,15 @@ class Measure:
         self.pipe, self.variable, self.options, self.stats = pipe, variable, options, stats
 
     def __call__(
-        self, examples: Sequence[Example], batch: Sequence[int], objective: Objective, *, gradient: bool
+        self,
+        examples: Sequence[Example],
+        batch: Sequence[int],
+        objective: Objective,
+        *,
+        gradient: bool,
+        draw: int = 0,
     ) -> Measured:
-        """Measure the examples with indices ``batch``, in chunks.
+        """Measure the examples with indices ``batch``, in chunks; ``draw`` is the number of the iteration.
 
         The gradient is that of the sum of the losses where samples are independent (so that a sample's path
         does not depend on its company), else that of their mean.
@@ -59,11 +69,12 @@ class Measure:
         images, losses = [], []
         flags: list[bool] = []
         gradients: dict[str, Tensor] = {}
+        traces: list[Trace] = []
         share = 1.0 if self.variable.independent else 1.0 / len(batch)
         for start in range(0, len(batch), size):
             part = list(batch[start : start + size])
             chosen = [examples[j] for j in part]
-            made, tracked = self._generate(chosen, examples, part, gradient)
+            made, tracked = self._generate(chosen, examples, part, gradient, draw)
             leaf = made.detach().requires_grad_(gradient)
             check_finite(pictures=leaf)
             # The loss has its own graph, freed before the sampler's is walked: their memory does not add up.
@@ -75,16 +86,22 @@ class Measure:
                 pull = pull_on_pictures(values, leaf)
                 check_finite(**{"gradient of the loss": pull})
                 self._pull(made, pull * share, gradients)
+                traces.append(tracked.trace)
             self._tally(tracked.stats)
             images.append(leaf.detach())
             losses.append(values.detach())
             flags += tracked.flagged or [False] * len(part)
         check_finite(**{f"gradient of {name}": g for name, g in gradients.items()})
         flagged = torch.tensor(flags, device=images[0].device)
-        return Measured(torch.cat(images), torch.cat(losses), gradients, flagged)
+        return Measured(torch.cat(images), torch.cat(losses), gradients, flagged, Trace.together(traces))
 
     def _generate(
-        self, chosen: Sequence[Example], examples: Sequence[Example], batch: list[int], gradient: bool
+        self,
+        chosen: Sequence[Example],
+        examples: Sequence[Example],
+        batch: list[int],
+        gradient: bool,
+        draw: int,
     ) -> tuple[Tensor, Any]:
         """The pictures (n, 3, H, W), with a graph if ``gradient``, and what ``differentiable`` counted."""
         from ..pipelines.differentiable import differentiable
@@ -97,7 +114,11 @@ class Measure:
             call["generator"] = [generator(options.seed, "sampler", j) for j in batch]
             train = self.variable.train if gradient else None
             with differentiable(
-                self.pipe, memory=options.memory, train=train, clamp=options.clamp
+                self.pipe,
+                memory=options.memory,
+                train=train,
+                clamp=options.clamp,
+                through=options.choice.at(draw),
             ) as tracked:
                 images = self.pipe(**call, output_type="pt").images
         for example, image in zip(chosen, images, strict=True):

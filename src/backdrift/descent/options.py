@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..errors import InputError
+from ..through import Through
 from .optimizers import OptimizerSpec, ScheduleSpec, describe
 from .subject import describe_value
 from .variables import Variable
@@ -30,6 +31,7 @@ class Options:
     chunk: int | None = None
     memory: str | int = "auto"
     clamp: bool = False
+    through: Through | str = "all"
     checkpoint_every: int = 1
     call: dict[str, Any] = field(default_factory=dict)  # keywords of the pipeline's call
 
@@ -44,6 +46,7 @@ class Options:
             raise InputError(f"lr={self.lr!r} must be positive.")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise InputError(f"clip_grad={self.clip_grad!r} must be positive, or None for no clipping.")
+        object.__setattr__(self, "through", Through.parse(self.through))
         if not self.noise_prior >= 0:
             raise InputError(f"noise_prior={self.noise_prior!r} must be 0 or more.")
 
@@ -68,6 +71,7 @@ class Options:
         return {
             **variable.settings(),
             **{name: getattr(self, name) for name in names},
+            "through": self.choice.spec,
             "optimizer": describe(self.optimizer),
             "optimizer_kwargs": self.arguments(variable),
             "lr": self.rate(variable),
@@ -75,6 +79,11 @@ class Options:
             "checkpoint_every": self.checkpoint_every,
             **{k: describe_value(v) for k, v in self.call.items()},
         }
+
+    @property
+    def choice(self) -> Through:
+        """Which steps carry the gradient."""
+        return Through.parse(self.through)
 
     def rate(self, variable: Variable) -> float:
         return variable.lr if self.lr is None else self.lr

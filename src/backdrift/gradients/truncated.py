@@ -1,4 +1,4 @@
-"""A run whose gradient flows through some steps only, made call by call (:mod:`backdrift.through` has the equations)."""
+"""A run whose gradient flows through some steps only, made call by call: the equations are in :mod:`..through`."""
 
 from __future__ import annotations
 

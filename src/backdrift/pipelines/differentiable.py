@@ -28,8 +28,8 @@ from .clone import clone_of
 from .draws import Noise, drawing
 from .endings import Ending, ending_of
 from .forwards import check_networks
-from .outputs import SafetyBeside, first_tensor, to_pil, with_flags
 from .offloaded import Offloading
+from .outputs import SafetyBeside, first_tensor, to_pil, with_flags
 from .parallel import after_call, before_call, check_parallel
 from .parts import divide, in_parts, parts_of
 from .reach import check_reached, wanted

@@ -1,15 +1,16 @@
 """The steps of a pipeline's own sampling loop, seen from its networks and its scheduler.
 
 A pipeline's loop belongs to the pipeline: it is not taken apart, only listened to. A *step* is what the pipeline does
-between two returns of ``scheduler.step``: the calls of its denoising networks (guidance halves, control networks, a second
-network for the low noise levels), the arithmetic around them, and the scheduler's step that ends it. Schedulers that call
-more often than they step (Heun, KDPM2, DPM-SDE: two calls; PNDM: four in a Runge–Kutta step, two in its first linear
-multistep) have all calls of one such step together, so a run has as many steps as its progress bar shows.
+between two returns of ``scheduler.step``: the calls of its denoising networks (guidance halves, control networks, a
+second network for the low noise levels), the arithmetic around them, and the scheduler's step that ends it. Schedulers
+that call more often than they step (Heun, KDPM2, DPM-SDE: two calls; PNDM: four in a Runge–Kutta step, two in its first
+linear multistep) have all calls of one such step together, so a run has as many steps as its progress bar shows.
 """
 
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cache, wraps
@@ -53,8 +54,9 @@ class Loop:
         self.through, self.inputs, self.watch, self.stats = through, inputs, watch, stats
         self.draw = draw
         self.chosen: Chosen | None = None
-        self._own: dict[str, Any] = {}
-        self._scheduler: Any = None
+        # Weakly: the pipeline's networks and scheduler lead here, and what they hold must go when the call is over.
+        self._clone: Callable[[], Any] = lambda: None
+        self._scheduler: Callable[[], Any] = lambda: None
         self._steps: list[int] = []  # of each pass through the loop, its step
         self._passes = 0
         self._begun = self._inside = False
@@ -67,10 +69,9 @@ class Loop:
         Raises:
             UnsupportedError: not every step carries the gradient, and the pipeline's loop cannot be followed.
         """
-        own = self._own = clone.__dict__
+        own, self._clone = clone.__dict__, weakref.ref(clone)
         denoisers = [name for name, value in own.items() if _is_denoiser(value)]
         schedulers = [k for k, v in own.items() if k.endswith("scheduler") and hasattr(v, "step")]
-        self._scheduler = own.get("scheduler")
         if not self.through.exact and (schedulers != ["scheduler"] or not denoisers):
             what = (
                 "no network that takes a timestep"
@@ -85,9 +86,11 @@ class Loop:
         own.pop("_num_timesteps", None)  # of the user's last call
         if not self.through.exact:
             for name in denoisers:
-                own[name].forward = self._listening(name, own[name].forward)
+                first = _parameters(type(own[name]).forward)[0]
+                own[name].forward = self._listening(name, own[name].forward, first)
         if "scheduler" in schedulers:
-            self._listen_to(self._scheduler)
+            self._scheduler = weakref.ref(own["scheduler"])
+            self._listen_to(own["scheduler"])
 
     def finish(self, trained: tuple[str, ...]) -> None:
         """See, after the call, that it went as expected.
@@ -100,8 +103,8 @@ class Loop:
             return
         if self._passes != len(self._steps):
             raise UnsupportedError(
-                f"the pipeline's loop called its scheduler {self._passes} times, and {len(self._steps)} were expected, so "
-                "which steps carried the gradient is not what was asked for: use through=All()"
+                f"the pipeline's loop called its scheduler {self._passes} times, and {len(self._steps)} were expected, "
+                "so which steps carried the gradient is not what was asked for: use through=All()"
             )
         for name, graded in self._graded.items():
             if not graded and any(weight.startswith(f"{name}.") for weight in trained):
@@ -112,8 +115,8 @@ class Loop:
 
     # -- the networks ---------------------------------------------------------------------------------------------
 
-    def _listening(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        first = _parameters(type(self._own[name]).forward)[0]
+    def _listening(self, name: str, forward: Callable[..., Any], first: str) -> Callable[..., Any]:
+        """A network's ``forward``, whose input latents are the parameter ``first``."""
 
         @wraps(forward)
         def called(*args: Any, **kwargs: Any) -> Any:
@@ -151,7 +154,8 @@ class Loop:
             return
         # By its class and not by an attribute: pipelines that copy their scheduler copy its attributes.
         scheduler.__dict__[_KEY] = self
-        scheduler.__class__ = _listened(type(scheduler))
+        cls: Any = type(scheduler)
+        scheduler.__class__ = _listened(cls)
 
     def __deepcopy__(self, memo: Any) -> Loop:
         return self
@@ -160,11 +164,12 @@ class Loop:
         """One call of the scheduler's ``step``."""
         if not torch.is_grad_enabled():
             return fn(*args, **kwargs)
-        if scheduler is not None and scheduler is not self._scheduler:
+        if scheduler is not None and scheduler is not self._scheduler():
             if self.through.exact:
                 return fn(*args, **kwargs)
             raise UnsupportedError(
-                "the pipeline steps with a copy of its scheduler too, so its steps cannot be told apart: use through=All()"
+                "the pipeline steps with a copy of its scheduler too, so its steps cannot be told apart: use "
+                "through=All()"
             )
         self._begin()
         if not self._names:
@@ -217,7 +222,7 @@ class Loop:
         else:
             if not total:
                 raise UnsupportedError(
-                    f"{type(self._scheduler).__name__} does not say how many steps it has: use through=All()"
+                    f"{type(self._scheduler()).__name__} does not say how many steps it has: use through=All()"
                 )
             self.chosen = self.through.choose(total, self.draw)
             self._check_inputs(self.chosen)
@@ -226,21 +231,21 @@ class Loop:
 
     def _expected(self) -> list[int]:
         """The step of each pass that the loop will make."""
-        count = self._own.get("_num_timesteps")
+        scheduler, count = self._scheduler(), vars(self._clone()).get("_num_timesteps")
         if not isinstance(count, int):
-            times = getattr(self._scheduler, "timesteps", None)
+            times = getattr(scheduler, "timesteps", None)
             if times is None:
                 return []
-            count = len(times) - (getattr(self._scheduler, "begin_index", None) or 0)
-        return steps_of_passes(self._scheduler, count)
+            count = len(times) - (getattr(scheduler, "begin_index", None) or 0)
+        return steps_of_passes(scheduler, count)
 
     def _check_inputs(self, chosen: Chosen) -> None:
         lost = [name for name in self.inputs if name in _NOISES]
         if chosen.cut and lost:
             raise MissingGradientError(
                 f"{lost[0]} requires grad, but through={self.through.spec!r} cuts the state where step {chosen.cut} of "
-                f"{chosen.total} begins, so no gradient would reach it: Steps(range({chosen.cut}, {chosen.total})) keeps "
-                "the state's path, All() everything; or pass it detached"
+                f"{chosen.total} begins, so no gradient would reach it: Steps(range({chosen.cut}, {chosen.total})) "
+                "keeps the state's path, All() everything; or pass it detached"
             )
 
     def _shown(self) -> str:

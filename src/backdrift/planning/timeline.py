@@ -67,7 +67,8 @@ class _Timeline:
         self.profiles = [profiles[kind] for kind in job.calls]
         self.parts = [self._parts(kind) for kind in job.calls]
         self.reached = {moment.call for moment in job.backward}
-        self.networks = [i for i, kind in enumerate(job.calls) if kind.role == "network"]
+        # Those that hold something: a call in a step that carries no gradient is made and forgotten.
+        self.networks = [i for i, k in enumerate(job.calls) if k.role == "network" and i in self.reached]
         saved = [p.saved for p in self.profiles]
         if choices.keep is not None:  # of a decoder's call in parts, the last part stays
             saved = [

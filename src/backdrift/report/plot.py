@@ -48,13 +48,20 @@ class Axes:
 
 
 def draw(
-    curves: Sequence[Curve], *, width: int, height: int, mark: Point | None = None, label: str = "loss"
+    curves: Sequence[Curve],
+    *,
+    width: int,
+    height: int,
+    mark: Point | None = None,
+    label: str = "loss",
+    across: str = "iteration",
 ) -> str:
     """The curves as an ``<svg>``; points that are not finite are left out.
 
     Args:
         mark: A point to set a dot on (the best so far), with its value.
         label: What is drawn, for people who cannot see it.
+        across: What it is drawn over.
 
     Returns "" when there are not two points to join.
     """
@@ -65,9 +72,9 @@ def draw(
     axes = _axes(points, width, height)
     parts = [
         f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="{escape(label)} by iteration">'
+        f'aria-label="{escape(label)} by {escape(across)}">'
     ]
-    parts += _grid(axes, label)
+    parts += _grid(axes, label, across)
     for curve in sorted(curves, key=lambda c: ("faint", "second", "main").index(c.style)):
         path = " ".join("{:.1f},{:.1f}".format(*axes.at(p)) for p in curve.points)
         parts.append(
@@ -75,7 +82,7 @@ def draw(
         )
     for curve in curves:
         if curve.style == "main" and len(curve.points) <= 400:
-            parts += [_hover(axes, point, label) for point in curve.points]
+            parts += [_hover(axes, point, label, across) for point in curve.points]
     if mark is not None and all(map(math.isfinite, mark)):
         x, y = axes.at(mark)
         title = f"best: {number(mark[1])} at iteration {number(mark[0])}"
@@ -101,7 +108,7 @@ def _axes(points: Sequence[Point], width: int, height: int) -> Axes:
     return Axes(width, height, (min(xs), max(xs)), (low, high), log, left=max(left, 40), ticks=ticks)
 
 
-def _grid(axes: Axes, label: str) -> list[str]:
+def _grid(axes: Axes, label: str, across: str) -> list[str]:
     right, bottom = axes.width - axes.right, axes.height - axes.bottom
     parts = []
     for tick in axes.ticks:
@@ -115,7 +122,7 @@ def _grid(axes: Axes, label: str) -> list[str]:
             parts.append(_text("tick", x, bottom + 17, f"{tick:g}"))
     middle = (axes.left + right) / 2
     scale = " (log scale)" if axes.log else ""
-    parts.append(_text("name", middle, axes.height - 3, f"iteration · {escape(label)}{scale}"))
+    parts.append(_text("name", middle, axes.height - 3, f"{escape(across)} · {escape(label)}{scale}"))
     return parts
 
 
@@ -123,9 +130,9 @@ def _text(style: str, x: float, y: float, text: str, anchor: str = "middle") -> 
     return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text}</text>'
 
 
-def _hover(axes: Axes, point: Point, label: str) -> str:
+def _hover(axes: Axes, point: Point, label: str, across: str) -> str:
     x, y = axes.at(point)
-    title = f"iteration {number(point[0])}: {label} {number(point[1])}"
+    title = f"{across} {number(point[0])}: {label} {number(point[1])}"
     return f'<circle class="hover" cx="{x:.1f}" cy="{y:.1f}" r="6"><title>{escape(title)}</title></circle>'
 
 

@@ -43,6 +43,7 @@ def view(folder: Path, record: Mapping[str, Any], *, blur_flagged: bool = True) 
         "flagged": any(p["hidden"] for p in pictures),
         "tiles": tiles(record),
         "plots": plots(record),
+        "trace": trace(record),
         "figures": [(k, figures.number(v)) for k, v in (record.get("figures") or {}).items()],
         "settings": sorted(settings(record.get("settings") or {})),
         "files": [(str(f["path"]), str(f.get("caption", ""))) for f in (record.get("files") or {}).values()]
@@ -100,6 +101,25 @@ def plots(record: Mapping[str, Any]) -> dict[str, Any]:
         "wide": draw(curves, width=760, height=280, mark=mark),
         "narrow": draw(curves, width=350, height=230, mark=mark),
         "legend": legend if len(legend) > 1 else [],
+    }
+
+
+def trace(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The last gradient's norm at the sampler's steps, as a curve, wide and narrow; what to say of it."""
+    found = record.get("trace") or {}
+    points = [(float(i), float(norm)) for i, norm in enumerate(found.get("latents") or ()) if norm is not None]
+    eps = [(float(i), float(norm)) for i, norm in enumerate(found.get("eps") or ()) if norm is not None]
+    curves = [Curve("at the latents that enter a step", points)]
+    curves += [Curve("at the network's output", eps, "second")] if eps else []
+    notes = [f"iteration {found.get('iteration')}, through {found.get('through')}"] if found else []
+    notes += ["it explodes: over 1000 times its size at the finished latents"] if found.get("exploding") else []
+    notes += [f"clipped at {len(found['clipped'])} boundaries"] if found.get("clipped") else []
+    label, across = "gradient norm", "step, the noise left"
+    return {
+        "wide": draw(curves, width=760, height=220, label=label, across=across),
+        "narrow": draw(curves, width=350, height=200, label=label, across=across),
+        "legend": [(curve.style, curve.name) for curve in curves] if len(curves) > 1 else [],
+        "note": "; ".join(notes),
     }
 
 
