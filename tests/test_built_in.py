@@ -93,7 +93,7 @@ def test_clip_and_pipeline_share_the_text_half():
 
 
 def test_every_asset_has_a_card_with_licence_and_command():
-    for name in (*SHIPPED, "clip", "classifier"):
+    for name in (*SHIPPED, "clip", "classifier", "digits"):
         text = card(name)
         for word in ("Licence", "Parameters", "python -m training", "Measured"):
             assert word in text, (name, word)

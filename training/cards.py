@@ -9,10 +9,11 @@ from typing import Any
 from safetensors import safe_open
 
 import backdrift as bd
-from backdrift.pipelines.assets import ASSETS, load_classifier, load_clip
+from backdrift.pipelines.assets import ASSETS, load_classifier, load_clip, load_digits_denoiser
 
 from .classifier import measure as measure_classifier
 from .clip import retrieval
+from .digits import measure as measure_digits
 from .loop import TIMES, trained_minutes
 from .quality import SETTINGS
 from .quality import measure as measure_pipeline
@@ -24,6 +25,9 @@ Pictures of 64×64 pixels, drawn by `training/scenes.py`: one or two real handwr
 background, with an effect on three in ten. Backgrounds are flat colours or crops of photographs: `grass`, `brick`,
 `gravel` (CC0, tinted here) and `chelsea` (CC0) and `hubble_deep_field` (NASA, public domain) from scikit-image,
 `flower` (dany13, CC BY 2.0) from scikit-learn. A fifth of the digits and of each photograph is held out."""
+PIXELS = """\
+scikit-learn's `load_digits` as it is (the UCI "Optical Recognition of Handwritten Digits" test set, CC BY 4.0): 8×8
+pixels of one channel, 17 shades, of which every fifth picture is held out. States are -1 on paper and 1 in full ink."""
 EARLIER = (
     " CLIP and the first round of the autoencoder and of the denoisers saw dimmer night skies and a darker `dark` "
     "(0.35 of the light, now 0.45); later rounds and the figures below are on the scenes as they are drawn now."
@@ -33,6 +37,7 @@ PARTS = {
     "flow": ("Stable-Diffusion-3-type pipeline", ("vae", "text", "flow"), "vae text flow export cards"),
     "clip": ("CLIP", ("text", "vision"), "text vision export cards"),
     "classifier": ("Classifier of digit, colour and background", ("classifier",), "classifier export cards"),
+    "digits": ("Pixel model of 8×8 digits, VP, continuous time", ("digits",), "digits export cards"),
 }
 
 
@@ -57,6 +62,8 @@ def figures(name: str) -> dict[str, Any]:
     if name == "classifier":
         found = measure_classifier(load_classifier())
         return {f"accuracy on held-out digits: {k}": f"{v:.1%}" for k, v in found.items()}
+    if name == "digits":
+        return measure_digits(load_digits_denoiser())
     if name == "clip":
         clip, tokenizer = load_clip()
         return {"right caption found among 100, held-out pictures": f"{retrieval(clip, tokenizer):.1%}"}
@@ -84,14 +91,14 @@ def write_card(name: str) -> None:
         "A self-test model: small, trained from scratch by this repository, meant for trying and testing backdrift.",
         "",
         "## Data",
-        DATA,
+        PIXELS if name == "digits" else DATA,
         "",
         "## Parameters",
         *(f"- {k}: {v:,}" for k, v in parameters(folder).items()),
         "",
         "## Training",
         f"`python -m training {command}` from the repository's root. Time on a CPU, one core each, beside other "
-        f"work: {trained}.{'' if name == 'classifier' else EARLIER}",
+        f"work: {trained}.{EARLIER if name in ('sd', 'flow', 'clip') else ''}",
         "",
         "## Measured quality (`python -m training cards`)",
         *(f"- {k}: {v}" for k, v in figures(name).items()),

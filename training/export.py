@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTextModelWithPro
 from backdrift.pipelines.assets import ASSETS
 from backdrift.pipelines.classifier import SceneClassifier
 
-from . import flow, unet
+from . import digits, flow, unet
 from .clip import VOCABULARY, build_tokenizer
 from .latents import trained_clip, trained_vae
 from .loop import WORK
@@ -140,6 +140,14 @@ def export_classifier() -> None:
     (path / "config.json").write_text(json.dumps(net.config(), indent=2) + "\n")  # type: ignore[operator]
 
 
+def export_digits() -> None:
+    """The pixel model of 8×8 digits."""
+    network = _trained("digits", digits.build())
+    path = _fresh("digits")
+    save_file({k: v.half().contiguous() for k, v in network.state_dict().items()}, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(network.config(), indent=2) + "\n")  # type: ignore[operator]
+
+
 def export() -> None:
     """Export whatever has been trained."""
     for name, write in (
@@ -147,6 +155,7 @@ def export() -> None:
         ("classifier", export_classifier),
         ("unet", export_sd),
         ("flow", export_flow),
+        ("digits", export_digits),
     ):
         if (WORK / f"{name}-done.pt").exists():
             write()

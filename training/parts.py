@@ -61,6 +61,15 @@ def _flow() -> None:
     _keep("flow", train_flow())
 
 
+def _digits() -> None:
+    from .digits import train_digits, velocity_error
+
+    network = train_digits()
+    _keep("digits", network)
+    for held_out in (False, True):
+        print(f"squared error on v, held out {held_out}: {velocity_error(network, held_out=held_out):.4f}")
+
+
 def _restore() -> None:
     from .restore import restore
 
@@ -88,6 +97,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "classifier": _classifier,
     "unet": _unet,
     "flow": _flow,
+    "digits": _digits,
     "export": _export,
     "cards": _cards,
 }

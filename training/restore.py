@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import backdrift as bd
-from backdrift.pipelines.assets import folder, load_classifier, load_clip
+from backdrift.pipelines.assets import folder, load_classifier, load_clip, load_digits_denoiser
 
 from .clip import VOCABULARY, save_vocabulary
 from .loop import WORK, save_atomically
@@ -44,6 +44,9 @@ def restore() -> None:
     _put("text", clip)
     _put("clip", clip)
     _put("classifier", load_classifier())
+    digits = load_digits_denoiser().network
+    assert isinstance(digits, nn.Module)
+    _put("digits", digits)
     for name, network in (("vae", sd.vae), ("unet", sd.unet), ("flow", flow.transformer)):
         path = WORK / f"{name}-round0.pt"
         if not path.exists():

@@ -129,8 +129,8 @@ def random_scene(
 
 
 @functools.cache
-def digit_masks(held_out: bool = False) -> list[Tensor]:
-    """The real digits as soft masks: ten tensors (n, 96, 96) in [0, 1]; every fifth one is held out."""
+def real_digits(held_out: bool = False) -> tuple[Tensor, Tensor]:
+    """The real digits (n, 1, 8, 8), ink in [0, 1], and which digit each is (n,); every fifth one is held out."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -138,12 +138,24 @@ def digit_masks(held_out: bool = False) -> list[Tensor]:
     order = np.random.default_rng(0).permutation(len(images))
     fifth = np.zeros(len(images), dtype=bool)
     fifth[order[: len(images) // 5]] = True
+    chosen = torch.from_numpy(fifth == held_out)
+    return images[chosen], torch.from_numpy(data.target)[chosen]
+
+
+@functools.cache
+def digit_masks(held_out: bool = False) -> list[Tensor]:
+    """The real digits as soft masks: ten tensors (n, 96, 96) in [0, 1]."""
+    images, digits = real_digits(held_out)
     masks = []
     for digit in range(10):
-        chosen = torch.from_numpy((data.target == digit) & (fifth == held_out))
-        big = F.interpolate(F.pad(images[chosen], (2, 2, 2, 2)), size=96, mode="bicubic", align_corners=False)
-        masks.append(((big[:, 0] - 0.25) / 0.35).clamp(0, 1))
+        padded = F.pad(images[digits == digit], (2, 2, 2, 2))
+        masks.append(soft_mask(F.interpolate(padded, size=96, mode="bicubic", align_corners=False)[:, 0]))
     return masks
+
+
+def soft_mask(ink: Tensor) -> Tensor:
+    """Enlarged ink with its edges sharpened, in [0, 1]."""
+    return ((ink - 0.25) / 0.35).clamp(0, 1)
 
 
 @functools.cache

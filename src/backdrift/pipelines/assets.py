@@ -1,4 +1,4 @@
-"""The assets that ship inside the package: two pipelines, a CLIP, a classifier, and their cards."""
+"""The assets that ship inside the package: two pipelines, a CLIP, a classifier, a pixel model, and their cards."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..denoiser import Denoiser
 from ..errors import InputError
+from ..schedules import VP
 from .classifier import SceneClassifier
+from .digits import DigitsNetwork
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
@@ -19,7 +22,7 @@ PIPELINES = {"sd": "StableDiffusionPipeline, ε-prediction", "flow": "StableDiff
 
 
 def folder(name: str) -> Path:
-    """The folder of a shipped asset: "sd", "flow", "clip" or "classifier".
+    """The folder of a shipped asset: "sd", "flow", "clip", "classifier" or "digits".
 
     Raises:
         InputError: if there is no such asset, or the installation lacks its files.
@@ -48,6 +51,21 @@ def load_classifier() -> SceneClassifier:
     net = SceneClassifier(**json.loads((path / "config.json").read_text()))
     net.load_state_dict({k: v.float() for k, v in load_file(path / "model.safetensors").items()})
     return net.eval().requires_grad_(False)
+
+
+def load_digits_denoiser() -> Denoiser:
+    """The shipped pixel model of 8×8 digits on its schedule, in float32, frozen.
+
+    States are (B, 1, 8, 8), -1 on paper and 1 in full ink; ``cond`` is (B, 10) weights of the digits, or None for
+    any digit; times in [0.001, 1] are what it was trained on.
+    """
+    from safetensors.torch import load_file
+
+    path = folder("digits")
+    network = DigitsNetwork(**json.loads((path / "config.json").read_text()))
+    network.load_state_dict({k: v.float() for k, v in load_file(path / "model.safetensors").items()})
+    schedule = VP.linear(network.beta0, network.beta1)
+    return Denoiser(network.eval().requires_grad_(False), schedule, "v_prediction")
 
 
 def card(name: str) -> str:
