@@ -45,11 +45,13 @@ OTHERS: dict[str, tuple[Callable[[], Any], bool]] = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_every_family_is_measured(name: str) -> None:
+def test_every_family_is_measured(name: str, caplog: pytest.LogCaptureFixture) -> None:
     build, embeddings = OTHERS[name]
     pipe = build()
     before = state_of(pipe)
+    caplog.clear()
     checkup = bd.doctor(pipe, directions=1)
+    assert not caplog.records  # pipelines remark on every call; those of the doctor are many
     assert state_of(pipe) == before
     assert checkup.ok, checkup.table()
     for title in MEASURED:

@@ -14,7 +14,7 @@ from .checkup.calls import compiled_rows, wrong_layers
 from .checkup.gradient import Subject, difference_rows, finite_row, plain_rows, pull
 from .checkup.needs import planned_rows, small_rows
 from .checkup.networks import network_rows
-from .checkup.plainly import quiet, seeded
+from .checkup.plainly import hushed, quiet, seeded
 from .checkup.rows import Checkup, Row
 from .checkup.setup import setup_rows
 from .checkup.small import find_small_call
@@ -76,7 +76,7 @@ def doctor(
         raise InputError(f"num_inference_steps={num_inference_steps} must be at least 1")
     tell = progress or (lambda words: None)
     rows = _Rows()
-    with seeded(seed):
+    with seeded(seed), hushed():
         _look(pipe, train, rows, tell)
         if not rows.refused:
             options = (height, width, num_inference_steps)
@@ -195,7 +195,9 @@ def _where(subject: Subject, wrong: set[str]) -> Row:
         return Row("failed", "gradient", "where", told, advice)
     if wrong == {"by the weights"}:
         told = "by its inputs every network is right: it is in a layer whose weights are trained"
-        return Row("warning", "gradient", "where", told, "torch.autograd.gradcheck on the layers that train= names")
+        return Row(
+            "warning", "gradient", "where", told, "torch.autograd.gradcheck on the layers that train= names"
+        )
     told = "every network by itself is right: it is in the pipeline's or the scheduler's code"
     advice = "look for .detach(), .data, rounding and in-place writes between the networks' calls"
     return Row("warning", "gradient", "where", told, advice)

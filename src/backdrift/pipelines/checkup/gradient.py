@@ -14,6 +14,7 @@ from ...budget import available_bytes
 from ...errors import BackdriftError
 from ...stats import RunStats
 from ..differentiable import differentiable
+from ..offloaded import execution_device
 from ..outputs import first_tensor
 from ..shadow import Train, trained_parameters
 from .differences import Leaves, judged, rounding_of, slope
@@ -183,6 +184,9 @@ def plain_rows(subject: Subject, ours: Pulled) -> Iterator[Row]:
 
 def _not_promised(subject: Subject) -> str:
     found = modules(subject.pipe)
+    place = execution_device(subject.pipe)
+    if place is not None and place.type != "cpu":
+        return "off the CPU"
     if any(p.device.type != "cpu" for m in found.values() for p in m.parameters()):
         return "off the CPU"
     if any(noise_of(m) for m in found.values()):

@@ -38,6 +38,19 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Inside the block diffusers' log says errors only: some pipelines remark on every call."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def quiet(pipe: Any) -> Any:
     """The same pipeline (on the same networks) without its progress bar, on tokenizers of its own.
 
