@@ -17,7 +17,7 @@ from benchmarks.peers.method import Counts, Method, of_torch
 from benchmarks.peers.page import blocks, counts, is_ours, reach_table, targets, written
 from benchmarks.peers.problems import digits, mixture, relative_errors, small_unet, true_gradients
 from benchmarks.peers.reach import TARGET, cheapest, search
-from benchmarks.peers.work import QUANTITIES, Work
+from benchmarks.peers.work import Work
 from torch import Tensor, nn
 
 import backdrift as bd
@@ -165,16 +165,18 @@ def test_diffrax_solves_the_same_flow_and_is_counted(adjoint: str, truth: dict[s
     method = named(in_jax.methods(), adjoint, "Heun, exponential form in log-SNR")
     coarse, fine = (worst(gradient(method, mixture(), n)[0], truth) for n in (64, 128))
     assert math.log2(coarse / fine) > 1.4
-    assert gradient(method, mixture(), 8)[1] == Counts(32, 16)  # two slopes a step, each asked for again on the way back
+    assert gradient(method, mixture(), 8)[1] == Counts(
+        32, 16
+    )  # two slopes a step, each asked for again on the way back
 
 
 def test_torchsde_and_backdrift_converge_to_the_same_path() -> None:
     pytest.importorskip("torchsde", reason="torchsde is not installed")
     known = sde.true_gradients(512)
-    for method in sde.methods():
-        coarse, fine = (worst(gradient(method, sde.work(), n)[0], known) for n in (16, 64))
-        assert fine < 0.6 * coarse, method.key
-        assert fine < 0.5, method.key
+    for method in (m for m in sde.methods() if "2M)" not in m.setting):
+        coarse, fine = (worst(gradient(method, sde.work(), n)[0], known) for n in (16, 128))
+        assert fine < 0.4 * coarse, method.key
+        assert fine < 0.2, method.key
 
 
 def test_the_noises_of_coarser_steps_are_of_one_path() -> None:
@@ -219,12 +221,14 @@ def test_the_cheapest_that_reaches_the_target_is_taken() -> None:
     cells = [cell(a, 8, 8, 0.1), cell(a, 20, 20, 9e-4), cell(a, 40, 40, 1e-5), cell(b, 4, 19, 1e-4)]
     cells += [cell(c, 9, 9, 2e-3)]
     assert [(r.method, r.value, r.total) for r in cheapest(cells)] == [(b, 4, 38), (a, 20, 40)]
-    (both, alone) = counts(cells)
-    assert (both.value, both.met) == (40 / 38, False)
-    assert alone.value == 20 / 19
     table = reach_table(cells).splitlines()
     assert "torchdiffeq" in table[2]
     assert "not reached" in table[4]
+    cells += [cell('backdrift | Exact("max") | s', 5, 5, 9e-4), cell("autograd | plain | s", 1, 1, 1e-9)]
+    best, _, both, alone = counts(cells)
+    assert (best.value, best.met) == (10 / 38, True)
+    assert (both.value, both.met) == (40 / 38, False)
+    assert alone.value == 20 / 19
 
 
 def made_up(folder: Path, ours: float, megabytes: float) -> None:

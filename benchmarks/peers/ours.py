@@ -70,7 +70,9 @@ def adaptive(gradient: Callable[[Solver], GradientMethod], form: str) -> Callabl
     return found
 
 
-def checkpointed(solver: Solver, rule: str = "logsnr") -> Callable[[Work, float], Tensor]:
+def checkpointed(
+    solver: Solver, form: str | None = None, rule: str = "logsnr"
+) -> Callable[[Work, float], Tensor]:
     """Plain autograd, each network call under non-reentrant torch.utils.checkpoint."""
 
     def found(work: Work, steps: float) -> Tensor:
@@ -83,7 +85,7 @@ def checkpointed(solver: Solver, rule: str = "logsnr") -> Callable[[Work, float]
             work.cond,
             solver=solver,
             grid=work.nodes(int(steps), rule),
-            form=solver.default_form or "exponential",
+            form=form or solver.default_form or "exponential",
             gradient=bd.Plain(),
         ).x0
 
@@ -99,9 +101,21 @@ def exact_to_the_steps() -> list[Method]:
         for rule, shown in (("uniform", "uniform t"), ("logsnr", "log-SNR nodes")):
             method = run(SOLVERS[name], bd.Exact("max"), form="original", rule=rule)
             found.append(of_torch("backdrift", 'Exact("max")', f"{name}, original form, {shown}", method))
-    for name in ("RK4", "Dormand–Prince"):
-        method = run(SOLVERS[name], bd.Exact("min"), form="original", rule="uniform")
-        found.append(of_torch("backdrift", 'Exact("min")', f"{name}, original form, uniform t", method))
+    for name in ("RK4", "3/8 rule", "AB4"):
+        shown = f"{name}, original form, uniform t"
+        for package, label, gradient in (
+            ("backdrift", 'Exact("min")', bd.Exact("min")),
+            ("autograd", "plain", bd.Plain()),
+        ):
+            method = run(SOLVERS[name], gradient, form="original", rule="uniform")
+            found.append(of_torch(package, label, shown, method))
+        found.append(
+            of_torch(
+                "autograd", "checkpoint per call", shown, checkpointed(SOLVERS[name], "original", "uniform")
+            )
+        )
+    method = run(SOLVERS["3/8 rule"], bd.SymplecticAdjoint(), form="original", rule="uniform")
+    found.append(of_torch("backdrift", "SymplecticAdjoint", "3/8 rule, original form, uniform t", method))
     for name in ("Euler", "RK4", "AB4"):
         solver = SOLVERS[name]
         found.append(of_torch("autograd", "plain", name, run(solver, bd.Plain()), sampler=name))
