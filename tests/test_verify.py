@@ -312,12 +312,14 @@ def test_what_autograd_does_not_see_is_found_by_finite_differences() -> None:
 
 
 def test_methods_that_do_not_apply_are_refused_by_row() -> None:
-    made = mixture(methods=["symplectic", "exact:max"], solver="ab2", steps=[4, 8], reference_steps=16)
+    made = mixture(methods=["symplectic", "reversible", "exact:max"], solver="ab2", steps=[4, 8], reference_steps=16)
     assert {row.verdict for row in rows(made, "symplectic")} == {"refused"}
     assert "Runge–Kutta" in one(made, "symplectic", 8).reason
     assert made.recommendation.row is not None
     assert made.recommendation.row.name == "exact:max"
     assert "symplectic refused" in str(made)
+    assert {row.verdict for row in rows(made, "reversible")} == {"refused"}
+    assert "one-step" in one(made, "reversible", 8).reason
 
 
 def test_the_table_the_record_and_the_page(tmp_path: Path) -> None:
@@ -325,7 +327,7 @@ def test_the_table_the_record_and_the_page(tmp_path: Path) -> None:
     text = str(certificate)
     for word in (
         "own err.",
-        "flow err., 8 steps",
+        "flow @8",
         "16 steps",
         "reversible, coupled",
         "continuous",

@@ -123,7 +123,7 @@ def label(row: Mapping[str, Any], record: Mapping[str, Any]) -> str:
 def errors_by_steps(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """A table of the errors at all numbers of steps but the one asked about: its headings and its rows."""
     counts = record["settings"]["steps"][:-1]
-    names = ["method", *(f"{kind} err., {n} steps" for kind in ("own", "flow") for n in counts)]
+    names = ["method", *(f"{kind} @{n}" for kind in ("own", "flow") for n in counts)]
     found: dict[str, dict[int, Mapping[str, Any]]] = {}
     for row in record["rows"]:
         found.setdefault(label(row, record), {})[row["steps"]] = row

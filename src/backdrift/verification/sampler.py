@@ -37,6 +37,11 @@ class Sampler:
         """Solver and steps, to read."""
         return f"{self.solver!r}, {self.steps} steps"
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """What tells it from the other samplers of a certificate."""
+        return repr(self.solver), self.steps
+
     def arguments(self) -> dict[str, Any]:
         """The keywords of :func:`~backdrift.sample`."""
         return {"solver": self.solver, "form": self.form, "grid": self.grid}

@@ -10,7 +10,7 @@ from ..report.certificate import cells, errors_by_steps, headings, summary
 
 _COLOURS = {"exact": "green", "within": "green", "off": "yellow", "failed": "bold red", "refused": "dim"}
 #: Columns left out where the terminal is narrower than that many characters.
-_NARROW = ((122, ("cos", "growth")), (96, ("VJPs",)))
+_NARROW = ((118, ("cos", "growth")), (94, ("VJPs",)), (88, ("diff.",)))
 
 
 class Tables:
@@ -46,10 +46,12 @@ class Tables:
         return table
 
     def _by_steps(self) -> Any:
+        from rich.text import Text
+
         names, rows = errors_by_steps(self.record)
-        table = _table("Errors at fewer steps", names)
+        table = _table("Relative errors at fewer steps", names)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(cell) for cell in row))
         return table
 
 
@@ -63,12 +65,9 @@ def as_text(record: Mapping[str, Any], width: int = 140) -> str:
 
 
 def _table(title: str, names: list[str]) -> Any:
-    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
-    )
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for i, name in enumerate(names):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     return table

@@ -83,11 +83,16 @@ class Work:
                 asked = sampler is group[-1]
                 yield from self._references(sampler, asked)
                 for entry in self.entries:
-                    solver = entry.solver(sampler.solver)
-                    own = Sampler(solver, sampler.form, sampler.grid)
-                    if (repr(solver), own.steps) not in self.sampled:
-                        yield from self._references(own, asked)
-                    yield f"{entry.name}, {own.name}"
+                    yield f"{entry.name}, {sampler.name}"
+                    try:
+                        own = Sampler(entry.solver(sampler.solver), sampler.form, sampler.grid)
+                        if own.key not in self.sampled:
+                            yield from self._references(own, asked)
+                    except BackdriftError as error:  # the solver has no reversible coupling, or that does not run here
+                        row = self._row(entry, self.sampled[sampler.key], asked)
+                        row.verdict = "failed" if isinstance(error, NonFiniteError) else "refused"
+                        row.reason = str(error)
+                        continue
                     self._measure(entry, own, asked)
 
     def _references(self, sampler: Sampler, asked: bool) -> Iterator[str]:
@@ -97,7 +102,7 @@ class Work:
         method = Plain() if plain else Exact("min")
         yardstick = pull(self.problem, sampler, method)
         found = Sampled(sampler, plan, yardstick, plain)
-        self.sampled[repr(sampler.solver), sampler.steps] = found
+        self.sampled[sampler.key] = found
         row = self._row(Entry("plain" if plain else "exact:min", method, "exact"), found, asked)
         row.verdict = "yardstick"
         if asked and self.directions:
@@ -152,7 +157,7 @@ class Work:
         return row
 
     def _measure(self, entry: Entry, sampler: Sampler, asked: bool) -> None:
-        found = self.sampled[repr(sampler.solver), sampler.steps]
+        found = self.sampled[sampler.key]
         row = self._row(entry, found, asked)
         try:
             pulled = pull(self.problem, sampler, entry.method)
