@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import backdrift as bd
 from backdrift.errors import InputError
-from pipeline_state import state_of
+from examined import state_of
 from tiny_pipelines import PICTURE, embeds_for, tiny_ddim, tiny_sd, tiny_sdxl
 
 
