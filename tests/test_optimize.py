@@ -20,7 +20,7 @@ from backdrift import optimize
 from backdrift.descent.best import BestSoFar
 from backdrift.descent.measure import Measured
 from backdrift.descent.variables import gaussian_prior
-from backdrift.errors import InputError, MissingGradientError, NonFiniteError
+from backdrift.errors import BudgetError, InputError, MissingGradientError, NonFiniteError
 from backdrift.run import Run
 from linear_pipeline import linear_pipeline, picture_matrix, start
 from tiny_pipelines import noise_for, tiny_sd, tiny_sd3, tiny_sdxl
@@ -110,6 +110,21 @@ def test_chunks_and_company_do_not_change_a_sample_s_path(tmp_path: Path) -> Non
     alone = descend(pipe, tmp_path / "c", noise=noise[1:2], clip_grad=0.5)
     assert torch.allclose(whole.best.tensors["noise"], parts.best.tensors["noise"], rtol=0, atol=1e-6)
     assert torch.allclose(whole.best.tensors["noise"][1:2], alone.best.tensors["noise"], rtol=0, atol=1e-6)
+
+
+def test_a_budget_leaves_room_for_the_loss(tmp_path: Path) -> None:
+    class Heavy(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.Linear(3 * 16 * 16, 10_000)  # 31 MB
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.inner(images.flatten(1)).square().mean(1)
+
+    light = descend(tiny_sd(), tmp_path / "light", steps=1, num_inference_steps=2, memory="20MB")
+    assert light.finished
+    with pytest.raises(BudgetError, match="smallest budget that works is .* needed at the loss"):
+        descend(tiny_sd(), tmp_path / "heavy", Heavy(), steps=1, num_inference_steps=2, memory="20MB")
 
 
 def test_the_prior_is_the_chi_density_s_and_pulls_the_norm_to_it(tmp_path: Path) -> None:

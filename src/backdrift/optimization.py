@@ -86,7 +86,7 @@ def optimize(
         enough: stop when the score (of every sample, where they are independent) is at most this.
         minibatch: examples per iteration (not for the noise); default all.
         chunk: examples per call of the pipeline; the gradients are added up.
-        memory: the plan of ``differentiable``; it does not change the result.
+        memory: the plan of ``differentiable``; it does not change the result. A size leaves room for the loss.
         clamp: whether pictures are clamped to [0, 1] as diffusers does, which loses the gradient of clamped pixels.
         through: which of the sampler's steps carry the gradient: ``All()``, ``Last(K)``, ``Random(K)`` (drawn anew in
             each iteration), ``Steps([...])`` or their text, as in :func:`~backdrift.differentiable`. Norms of the
@@ -155,6 +155,7 @@ def optimize(
         callback=callback,
         progress=progress,
         judge=_reading(objective) if hasattr(objective, "reads") else None,
+        scorer=objective,
     ).go()
 
 

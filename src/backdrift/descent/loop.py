@@ -41,6 +41,7 @@ class Descent:
         progress: show a bar.
         figures: further rows of the record's table.
         judge: what is said of the best pictures (n, 3, H, W), as further rows of the table.
+        scorer: the loss inside ``objective``, for which a memory budget leaves room.
     """
 
     def __init__(
@@ -58,11 +59,12 @@ class Descent:
         progress: bool = True,
         figures: dict[str, Any] | None = None,
         judge: Callable[[Tensor], dict[str, Any]] | None = None,
+        scorer: Any = None,
     ) -> None:
         self.pipe, self.variable, self.examples, self.objective = pipe, variable, list(examples), objective
         self.options, self.run, self.callback, self.progress = options, run, callback, progress
         self.heldout, self.heldout_examples = heldout, heldout_examples
-        self.figures, self.judge = figures or {}, judge
+        self.figures, self.judge, self.scorer = figures or {}, judge, scorer
         self.best = BestSoFar()
 
     def go(self) -> Run:
@@ -111,7 +113,7 @@ class Descent:
             if self.schedule is not None:
                 self.schedule.load_state_dict(state["schedule"])
             self.best.load_state_dict(state["best"], like=values[0])
-        self.measure = Measure(self.pipe, self.variable, options, self.run.record["stats"])
+        self.measure = Measure(self.pipe, self.variable, options, self.scorer, self.run.record["stats"])
         return 0 if state is None else int(state["next"])
 
     def _iteration(self, i: int) -> str:

@@ -45,11 +45,15 @@ class Measure:
     """Makes pictures of examples and measures them.
 
     Args:
+        scorer: the loss inside the objective, for which a budget leaves room; None for one that needs none.
         stats: where network calls, redone calls, vector–Jacobian products and the peak are added up.
     """
 
-    def __init__(self, pipe: Any, variable: Variable, options: Options, stats: dict[str, Any]) -> None:
+    def __init__(
+        self, pipe: Any, variable: Variable, options: Options, scorer: Any, stats: dict[str, Any]
+    ) -> None:
         self.pipe, self.variable, self.options, self.stats = pipe, variable, options, stats
+        self.scorer = scorer
 
     def __call__(
         self,
@@ -119,6 +123,7 @@ class Measure:
                 train=train,
                 clamp=options.clamp,
                 through=options.choice.at(draw),
+                loss=self.scorer,
             ) as tracked:
                 images = self.pipe(**call, output_type="pt").images
         for example, image in zip(chosen, images, strict=True):

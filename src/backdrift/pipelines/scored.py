@@ -63,7 +63,7 @@ def _values(scorer: Any, rows: int) -> Callable[[Tensor], Tensor]:
         wide = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
         if type(scorer).values is not Scorer.values:
             return scorer.values(wide, prompts)
-        return scorer.function(images, *([prompts] if scorer._how else []))  # a user's own function
+        return scorer.ask(images, prompts)  # a user's own function
 
     return values
 
