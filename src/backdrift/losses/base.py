@@ -33,8 +33,13 @@ class Loss(nn.Module):
     name: ClassVar[str] = ""
     #: What the text after the colon means, for the list of losses.
     argument: ClassVar[str] = ""
-    #: A complete spec string that works on the built-in assets; the tests run every one.
+    #: A complete spec string that works on the built-in assets, or on the small files that the tests put beside
+    #: them; the tests run every one.
     example: ClassVar[str] = ""
+
+    #: Whether pictures far from [0, 1] are refused: set by losses whose network knows only such pictures.
+    bounded: ClassVar[bool] = False
+    _looked: bool = False
 
     spec: str = ""
     """The loss as text, written into records; equal specs mean equal losses."""
@@ -59,9 +64,13 @@ class Loss(nn.Module):
 
         Raises:
             InputError: When the pictures are not such a tensor, when there are neither one nor ``N``
-                prompts, or when the loss does not return one value per sample.
+                prompts, when the loss does not return one value per sample, or when the first pictures of a
+                ``bounded`` loss are far from [0, 1].
         """
         check_images(images)
+        if self.bounded and not self._looked:
+            check_range(images, self.spec or type(self).__name__)
+            self._looked = True
         wide = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
         self._follow(images.device)
         result = self.values(wide, _one_each(prompts, len(images)))
@@ -94,14 +103,16 @@ class FunctionLoss(Loss):
     def forward(self, images: Tensor, prompts: Sequence[str] | str | None = None) -> Tensor:
         check_images(images)
         self._follow(images.device)
-        given = _one_each(prompts, len(images))
-        if self._how == "keyword":
-            result = self.function(images, prompts=given)
-        elif self._how == "positional":
-            result = self.function(images, given)
-        else:
-            result = self.function(images)
+        result = self.ask(images, _one_each(prompts, len(images)))
         return check_values(result, len(images), self.spec)
+
+    def ask(self, images: Tensor, prompts: Any) -> Tensor:
+        """What the function returns, unchecked."""
+        if self._how == "keyword":
+            return self.function(images, prompts=prompts)
+        if self._how == "positional":
+            return self.function(images, prompts)
+        return self.function(images)
 
 
 def check_images(images: Tensor) -> None:
@@ -112,6 +123,24 @@ def check_images(images: Tensor) -> None:
         raise InputError(f"A loss takes pictures of shape (N, 3, H, W), got {tuple(images.shape)}.")
     if not images.is_floating_point():
         raise InputError(f"A loss takes floating-point pictures in [0, 1], got {images.dtype}.")
+
+
+def check_range(images: Tensor, name: str) -> None:
+    """Refuse pictures that are plainly on another scale than [0, 1]: [-1, 1], or 0 to 255.
+
+    Unclamped pictures may overshoot, so it takes more than a tenth of the values below -0.5 or above 1.5.
+
+    Raises:
+        InputError: When they are.
+    """
+    if images.device.type == "meta":
+        return
+    seen = images.detach()
+    if float(((seen < -0.5) | (seen > 1.5)).float().mean()) > 0.1:
+        raise InputError(
+            f"The loss {name!r} takes pictures in [0, 1], got values from {float(seen.min()):.3g} to "
+            f"{float(seen.max()):.3g}. Scale them first: (x + 1) / 2 for [-1, 1], x / 255 for 0 to 255."
+        )
 
 
 def check_values(values: Any, batch: int, name: str) -> Tensor:
