@@ -4,8 +4,8 @@
     python -m benchmarks.gpu --models sdxl --list        # which cells, in which order, and what is known of them
     python -m benchmarks.gpu --device cpu --small        # narrow networks, 64 pixels: that it runs from end to end
 
-A cell is one model, precision, wanted gradient, number of steps and method, measured once after a warm-up: time, the most
-bytes of everything on the device at once (weights, a CLIP-ViT-L/14 loss network, activations, gradients), what the
+A cell is one model, precision, wanted gradient, number of steps and method, measured once after a warm-up: time, the
+most bytes of everything on the device at once (weights, a CLIP-ViT-L/14 loss network, activations, gradients), what the
 planner expected, and whether the gradient is that of the group's first method. Results are saved after each cell
 in ``results/gpu-<card>.json`` with a picture beside them; running out of memory is a result. A cell in which
 the process died is not tried again (``--again`` does).
@@ -62,7 +62,14 @@ def cells() -> list[Cell]:
     bf16, noise, lora = "bfloat16", "noise", "lora"
     last = "last 3"
     rows: list[tuple[str, str, str, str, int, tuple[str, ...]]] = [
-        ("sdxl", bf16, noise, "all", 30, ("forward", "12GiB", "min", "fifteen", "auto", "max", "8GiB offload")),
+        (
+            "sdxl",
+            bf16,
+            noise,
+            "all",
+            30,
+            ("forward", "12GiB", "min", "fifteen", "auto", "max", "8GiB offload"),
+        ),
         ("sdxl", bf16, noise, "all", 10, ("forward", "plain", "max", "fifteen", "min", "auto", "blocks")),
         ("sdxl", bf16, noise, "all", 4, ("forward", "plain", "max", "fifteen", "min")),
         ("sd3-medium", bf16, lora, last, 30, ("16GiB", "max", "min")),
@@ -85,7 +92,11 @@ def cells() -> list[Cell]:
             for dtype in (bf16, "float32"):
                 for wants, through in ((noise, "all"), (lora, last), (lora, "all")):
                     if (model, dtype, wants, through, steps) not in done:
-                        methods = ("min", "max") if through != "all" else ("forward", "min", "fifteen", "auto", "max")
+                        methods = (
+                            ("min", "max")
+                            if through != "all"
+                            else ("forward", "min", "fifteen", "auto", "max")
+                        )
                         rows.append((model, dtype, wants, through, steps, methods))
     return [
         Cell(model, dtype, wants, through, steps, method)
@@ -105,9 +116,12 @@ class Bench:
         again: also measure cells that failed or died before.
     """
 
-    def __init__(self, record: Record, device: torch.device, *, small: bool, until: float, again: bool) -> None:
+    def __init__(
+        self, record: Record, device: torch.device, *, small: bool, until: float, again: bool
+    ) -> None:
         self.record, self.device, self.small, self.until, self.again = record, device, small, until, again
         self._job: Job | None = None
+        self._broken: dict[Setting, dict[str, Any]] = {}
         self._references: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
         self._planned: dict[tuple[Any, ...], dict[str, Any]] = {}
 
@@ -129,7 +143,11 @@ class Bench:
         """A guess at the seconds of a cell, from the slowest like it so far (and what building takes)."""
         known = self.record.find("cells", model=cell.model, dtype=cell.dtype, status="done")
         forward, gradient = (
-            [c["whole_seconds"] * cell.steps / c["steps"] for c in known if (c["method"] == "forward") is kind]
+            [
+                c["whole_seconds"] * cell.steps / c["steps"]
+                for c in known
+                if (c["method"] == "forward") is kind
+            ]
             for kind in (True, False)
         )
         ready = self.small or (self._job is not None and self._job.setting == cell.setting)
@@ -142,13 +160,17 @@ class Bench:
         key = asdict(cell)
         self._save(key | {"status": "died"})  # what remains if the process does not come back
         start = time.perf_counter()
-        built = guarded(lambda: {"job": self._job_of(cell.setting)})
+        built = self._broken.get(cell.setting) or guarded(lambda: {"job": self._job_of(cell.setting)})
+        if "job" not in built:  # it would fail for all its cells
+            self._broken[cell.setting] = built
         building = time.perf_counter() - start
         found = guarded(lambda: self._work(cell, built["job"])) if "job" in built else built
         whole = time.perf_counter() - start - building
         release()
         self._save({**key, **found, "building_seconds": round(building, 1), "whole_seconds": round(whole, 1)})
-        shown = f"{found['seconds']:7.1f} s {found['peak_bytes'] / 2**30:6.1f} GiB" if "seconds" in found else ""
+        shown = (
+            f"{found['seconds']:7.1f} s {found['peak_bytes'] / 2**30:6.1f} GiB" if "seconds" in found else ""
+        )
         print(
             f"{cell.model:10} {cell.dtype:8} {cell.wants:5} {cell.through:6} N={cell.steps:<3} {cell.method:13} "
             f"{found['status']:9} {shown} {found.get('says', '')[:160]}",
@@ -169,8 +191,9 @@ class Bench:
             self._job = None
             release()
             self._job = Job(setting, self.device, self.small)
-            guarded(lambda: self._job.run("fifteen", 1))  # type: ignore[union-attr]  # loads kernels, chooses algorithms
-            self._job.clear()
+            job = self._job
+            guarded(lambda: job.run("fifteen", 1))  # loads kernels, chooses algorithms
+            job.clear()
         return self._job
 
     def _compared(self, cell: Cell, gradient: Tensor) -> dict[str, Any]:
@@ -181,7 +204,11 @@ class Bench:
             return said
         name, reference = self._references[cell.group]
         error = ((gradient - reference).norm() / reference.norm()).item()
-        return said | {"compared_with": name, "relative_difference": error, "bits": torch.equal(gradient, reference)}
+        return said | {
+            "compared_with": name,
+            "relative_difference": error,
+            "bits": torch.equal(gradient, reference),
+        }
 
     def _plan(self, cell: Cell, job: Job) -> dict[str, Any]:
         """What the planner says of this job; once a group."""
@@ -200,7 +227,11 @@ class Bench:
 
 def about(device: torch.device) -> dict[str, Any]:
     """What the figures depend on."""
-    said: dict[str, Any] = {"accelerator": None, "torch": torch.__version__, "diffusers": version("diffusers")}
+    said: dict[str, Any] = {
+        "accelerator": None,
+        "torch": torch.__version__,
+        "diffusers": version("diffusers"),
+    }
     if device.type == "cuda":
         said["accelerator"] = torch.cuda.get_device_name(device)
         said["accelerator_bytes"] = torch.cuda.get_device_properties(device).total_memory
@@ -211,18 +242,26 @@ def about(device: torch.device) -> dict[str, Any]:
 def results_path(device: torch.device, small: bool) -> Path:
     """Named after the card."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return RESULTS / f"gpu-{re.sub(r'[^a-z0-9]+', '-', card.lower()).strip('-')}{'-small' if small else ''}.json"
+    return (
+        RESULTS / f"gpu-{re.sub(r'[^a-z0-9]+', '-', card.lower()).strip('-')}{'-small' if small else ''}.json"
+    )
 
 
 def main(arguments: list[str]) -> int:
     """Measure; exit status 0 if nothing is left, 3 if the time was over before."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--small", action="store_true", help="narrow networks, 64 pixels, few steps; proves nothing")
-    parser.add_argument("--minutes", type=float, default=9.0, help="begin no further cell that would end later")
+    parser.add_argument(
+        "--small", action="store_true", help="narrow networks, 64 pixels, few steps; proves nothing"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, help="begin no further cell that would end later"
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--wants", nargs="+", choices=("noise", "lora"), default=["noise", "lora"])
-    parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"]
+    )
     parser.add_argument("--steps", nargs="+", type=int, default=None)
     parser.add_argument("--methods", nargs="+", default=None, help=f"such as min, 12GiB, {', '.join(PEERS)}")
     parser.add_argument("--again", action="store_true", help="also cells that failed before")

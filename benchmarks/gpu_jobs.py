@@ -1,4 +1,4 @@
-"""A whole job on a real architecture: pipeline with random weights on the device, CLIP-sized loss, and the ways to run it.
+"""A whole job on a real architecture: a pipeline with random weights, a CLIP-sized loss, and the ways to run it.
 
 The architectures are those whose configurations ship with the package, built on the device itself. Text encoders of
 SD1.5 and SDXL are part of the job (they are small, and the prompt is a string); SD3's and Flux's, which hold a T5 of
@@ -146,7 +146,9 @@ class Job:
         network = getattr(self.pipe, self.network_name)
         self.weights = [p for n, p in network.named_parameters() if "lora_" in n]
         self.arguments = self._arguments()
-        self.noise = bd.noise(self.pipe, height=self.side, width=self.side, seed=0, dtype=self.dtype, device=device)
+        self.noise = bd.noise(
+            self.pipe, height=self.side, width=self.side, seed=0, dtype=self.dtype, device=device
+        )
         self.noise.requires_grad_(not lora)
         self.leaves = self.weights if lora else [self.noise]
         self.train = "lora" if lora else None
@@ -277,7 +279,9 @@ class Job:
 
     def gradient(self) -> Tensor:
         """All gradients in one row, on the CPU, in float32."""
-        grads = [torch.zeros(1) if leaf.grad is None else leaf.grad.flatten().float().cpu() for leaf in self.leaves]
+        grads = [
+            torch.zeros(1) if leaf.grad is None else leaf.grad.flatten().float().cpu() for leaf in self.leaves
+        ]
         return torch.cat(grads)
 
     def prepare(self, method: str, steps: int) -> dict[str, Any]:
@@ -327,10 +331,14 @@ class _Score(nn.Module):
         super().__init__()
         settings = {**loss_networks()[LOSS], **(_NARROW_LOSS if small else {})}
         with torch.device(device):
-            self.model = CLIPVisionModelWithProjection(CLIPVisionConfig(**settings)).requires_grad_(False).eval()
+            self.model = (
+                CLIPVisionModelWithProjection(CLIPVisionConfig(**settings)).requires_grad_(False).eval()
+            )
         self.size = settings["image_size"]
         generator = torch.Generator().manual_seed(2)
-        self.register_buffer("goal", torch.randn(1, settings["projection_dim"], generator=generator).to(device))
+        self.register_buffer(
+            "goal", torch.randn(1, settings["projection_dim"], generator=generator).to(device)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         one = torch.full((3,), 0.5, device=images.device)
@@ -365,8 +373,8 @@ def _checkpointed(network: Any, method: str) -> Iterator[None]:
 def measured(job: Job, method: str, steps: int, through: str) -> dict[str, Any]:
     """One run: seconds, and the most bytes of everything that were on the device at once.
 
-    Under a budget on CUDA the process is first held to it (and 3 % for what the allocator cannot use); if that fails, the
-    run is made again without the limit, to see what it would have taken.
+    Under a budget on CUDA the process is first held to it (and 3 % for what the allocator cannot use); if that fails,
+    the run is made again without the limit, to see what it would have taken.
     """
     budget = _budget(method)
     said = job.prepare(method, steps) if through == "all" else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .gpu_summary import NAMES, GIB, group_of, over
+from .gpu_summary import GIB, NAMES, group_of, over
 
 _COLOURS = {"min": "#0b6e4f", "auto": "#3aa17e", "max": "#88c9a1", "fifteen": "#c8553d", "plain": "#222222"}
 _COLOURS |= {"blocks": "#5b6ee1"}
@@ -30,7 +30,9 @@ def plot(data: dict[str, Any], path: Path) -> None:
     for axis in list(axes.flat)[len(groups) :]:
         axis.axis("off")
     card = data["machine"]["accelerator"] or "CPU"
-    shape.suptitle(f"{card}, torch {data['machine']['torch']}; random weights, a CLIP-sized loss", fontsize=10)
+    shape.suptitle(
+        f"{card}, torch {data['machine']['torch']}; random weights, a CLIP-sized loss", fontsize=10
+    )
     shape.tight_layout()
     shape.savefig(path, dpi=130, metadata={"Software": None})
     pyplot.close(shape)
@@ -47,7 +49,9 @@ def _panel(axis: Any, data: dict[str, Any], group: dict[str, Any], cells: list[d
         height = over(data, cell, "forward") or cell["seconds"]
         colour = _COLOURS.get(cell["method"], "#b8860b")
         axis.scatter([cell["peak_bytes"] / GIB], [height], color=colour, s=28)
-        axis.annotate(label, (cell["peak_bytes"] / GIB, height), fontsize=7, xytext=(4, 3), textcoords="offset points")
+        axis.annotate(
+            label, (cell["peak_bytes"] / GIB, height), fontsize=7, xytext=(4, 3), textcoords="offset points"
+        )
     timed = any(over(data, cell, "forward") for cell in cells)
     axis.set_ylabel("time / sampling" if timed else "seconds", fontsize=8)
     axis.set_xlabel("peak GiB of everything" + (f" (card: {card / GIB:.0f})" if card else ""), fontsize=8)

@@ -6,7 +6,12 @@ from typing import Any
 
 GIB = 2**30
 _KEY = ("model", "dtype", "wants", "through", "steps")
-NAMES = {"sd15": "SD1.5 512²", "sdxl": "SDXL 1024²", "sd3-medium": "SD3-medium 1024²", "flux-dev": "Flux-dev 1024²"}
+NAMES = {
+    "sd15": "SD1.5 512²",
+    "sdxl": "SDXL 1024²",
+    "sd3-medium": "SD3-medium 1024²",
+    "flux-dev": "Flux-dev 1024²",
+}
 
 
 def find(data: dict[str, Any], **keys: Any) -> dict[str, Any] | None:
@@ -30,11 +35,13 @@ def over(data: dict[str, Any], cell: dict[str, Any], method: str) -> float | Non
 
 
 def largest(data: dict[str, Any], cell: dict[str, Any]) -> int | None:
-    """The largest N that fits the card with this method, on a line through two measured peaks; None: not two, or no card."""
+    """The largest N that fits the card with this method, on a line through two measured peaks; None without two."""
     card = data["machine"].get("accelerator_bytes")
     same = {k: v for k, v in group_of(cell).items() if k != "steps"} | {"method": cell["method"]}
     points = sorted(
-        {c["steps"]: c["peak_bytes"] for c in data["cells"] if c["status"] == "done" and _has(c, same)}.items()
+        {
+            c["steps"]: c["peak_bytes"] for c in data["cells"] if c["status"] == "done" and _has(c, same)
+        }.items()
     )
     if card is None or len(points) < 2:
         return None
@@ -68,7 +75,8 @@ def table(data: dict[str, Any], wanted: list[dict[str, Any]] | None = None) -> l
 
 
 def _line(data: dict[str, Any], cell: dict[str, Any]) -> str:
-    head = f"{cell['model']:10} {cell['dtype']:8} {cell['wants']:5} {cell['through']:6} N={cell['steps']:<3} {cell['method']:13}"
+    head = f"{cell['model']:10} {cell['dtype']:8} {cell['wants']:5} {cell['through']:6} "
+    head += f"N={cell['steps']:<3} {cell['method']:13}"
     if cell["status"] != "done":
         return f"{head} {cell['status']} {cell.get('says', '')}".rstrip()
     parts = [f"{cell['seconds']:7.2f} s", f"{cell['peak_bytes'] / GIB:7.2f} GiB"]
@@ -98,7 +106,10 @@ def figures(data: dict[str, Any]) -> list[list[str]]:
             wants = {"noise": "noise gradient", "lora": "LoRA gradient"}[same["wants"]]
             span = "" if same["through"] == "all" else f", {same['through']} steps"
             rows.append(
-                [f"{NAMES[same['model']]}, {wants}{span}, N = {same['steps']}, bf16, on {card}", "; ".join(said)]
+                [
+                    f"{NAMES[same['model']]}, {wants}{span}, N = {same['steps']}, bf16, on {card}",
+                    "; ".join(said),
+                ]
             )
     return rows
 
@@ -109,7 +120,11 @@ _LEADING = {
     ("flux-dev", "noise", "bfloat16"),
     ("sd15", "noise", "bfloat16"),
 }
-_SHOWN = {"fifteen": "the fifteen lines", "plain": "plain autograd", "blocks": "diffusers' block checkpointing"}
+_SHOWN = {
+    "fifteen": "the fifteen lines",
+    "plain": "plain autograd",
+    "blocks": "diffusers' block checkpointing",
+}
 
 
 def _said(data: dict[str, Any], cell: dict[str, Any]) -> str:

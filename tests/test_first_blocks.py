@@ -1,4 +1,4 @@
-"""The benchmark of first code blocks: its edits of code, its judgement of gradients, and a few blocks from end to end."""
+"""The benchmark of first code blocks: its edits of code, its judgement of gradients, and a few blocks end to end."""
 
 from __future__ import annotations
 
@@ -107,7 +107,9 @@ def test_a_wrong_gradient_is_not_verified(judged: tuple[Judge, Truth], harm: str
 
     monkeypatch.setattr(ways, "one_line", made)
     verdict = judge.backdrift(truth)
-    assert verdict.status == {"zero": "no gradient", "infinite": "not finite", "cut": "no gradient"}.get(harm, "wrong")
+    assert verdict.status == {"zero": "no gradient", "infinite": "not finite", "cut": "no gradient"}.get(
+        harm, "wrong"
+    )
 
 
 class _Fixed(torch.autograd.Function):
@@ -145,7 +147,10 @@ def test_blocks_from_end_to_end(name: str, fifteen: str, tmp_path: Path) -> None
 
 def test_the_summary_counts() -> None:
     good, bad = {"status": "verified", "bits": True}, {"status": "raises", "says": "ValueError: no"}
-    cells = [{"page": "One", "backdrift": good, "fifteen": bad}, {"page": "Two", "backdrift": bad, "fifteen": good}]
+    cells = [
+        {"page": "One", "backdrift": good, "fifteen": bad},
+        {"page": "Two", "backdrift": bad, "fifteen": good},
+    ]
     assert rows(cells)[0] == ["One", "verified, plain autograd's bits", "raises: ValueError: no"]
     ((_, value),) = figures(cells)
     assert value.startswith("1 of 2; ")

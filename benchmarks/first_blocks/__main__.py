@@ -4,7 +4,7 @@
     python -m benchmarks.first_blocks flux_dev wan             # some
     python -m benchmarks.first_blocks --steps 3 --out /tmp/a.json
 
-Results go to ``results/first-blocks.json``, after every block; blocks that it holds are run again only with ``--fresh``.
+Results go to ``results/first-blocks.json``, after every block; what it holds is run again only with ``--fresh``.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> int:
         if old and not chosen.fresh and old[0]["steps"] == chosen.steps:
             continue
         cell = measure(known[name], chosen.steps)
-        kept = [c for c in record.data.get("blocks", []) if c["block"] != name] + [cell]
+        kept = [*(c for c in record.data.get("blocks", []) if c["block"] != name), cell]
         order = list(known)
         record.data["blocks"] = sorted(kept, key=lambda c: order.index(c["block"]))
         record.data["figures"] = figures(record.data["blocks"])

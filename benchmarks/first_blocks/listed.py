@@ -68,6 +68,8 @@ BLOCKS = (
     Block("animatediff", "AnimateDiff: video", (1, 4, 4, 8, 8), (1, 4, 4, 8, 8)),
     _transformer("wan", "Wan: video", (1, 4, 3, 8, 8)),
     _transformer("cogvideox", "CogVideoX: video", (1, 3, 4, 8, 8)),
-    Block("stable_video_diffusion", "Stable Video Diffusion: image to video", (1, 2, 4, 8, 8), (1, 2, 4, 8, 8)),
+    Block(
+        "stable_video_diffusion", "Stable Video Diffusion: image to video", (1, 2, 4, 8, 8), (1, 2, 4, 8, 8)
+    ),
     _transformer("stable_audio", "Stable Audio: sound", (3, 3, 16)),
 )

@@ -1,8 +1,8 @@
 """Small models with random weights, built from each family's own configuration classes, and small pictures.
 
 ``small(FluxPipeline, torch_dtype=torch.bfloat16)`` stands in a block where a page has
-``FluxPipeline.from_pretrained("…", torch_dtype=torch.bfloat16)``. Weights are rounded to bfloat16 once, so that a block is
-the same model in every precision.
+``FluxPipeline.from_pretrained("…", torch_dtype=torch.bfloat16)``. Weights are rounded to bfloat16 once, so that a block
+is the same model in every precision.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))  # the tiny parts live beside the tests that use them
+sys.path.insert(
+    0, str(Path(__file__).parents[2] / "tests")
+)  # the tiny parts live beside the tests that use them
 
 import tiny_families as families
 import tiny_pipelines as tiny
@@ -139,7 +141,13 @@ def tokenizer(length: int = 512, side: str = "right") -> Any:
     from transformers import PreTrainedTokenizerFast
 
     letters = string.ascii_letters + string.digits + string.punctuation
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in letters if c != "▁")]
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        ("▁", -2.0),
+        *((c, -3.0) for c in letters if c != "▁"),
+    ]
     made = Tokenizer(Unigram(pieces, unk_id=2))
     made.pre_tokenizer = Metaspace()
     made.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
@@ -517,7 +525,11 @@ def cogview4() -> dict[str, Any]:
         "vae": flow_vae(),
         "transformer": transformer,
         "scheduler": FlowMatchEulerDiscreteScheduler(
-            base_shift=0.25, max_shift=0.75, base_image_seq_len=256, use_dynamic_shifting=True, time_shift_type="linear"
+            base_shift=0.25,
+            max_shift=0.75,
+            base_image_seq_len=256,
+            use_dynamic_shifting=True,
+            time_shift_type="linear",
         ),
     }
 

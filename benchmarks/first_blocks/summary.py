@@ -19,7 +19,7 @@ def figures(cells: list[dict[str, Any]]) -> list[list[str]]:
     fifteen = f"{theirs['verified']} of {len(cells)}" + (f" ({', '.join(others)})" if others else "")
     return [
         [
-            f"{len(cells)} first code blocks of model pages, one line added to each: a finite, verified gradient by the noise",
+            f"{len(cells)} first code blocks of model pages, one line added: finite, verified gradient by the noise",
             f"{ours} of {len(cells)}; with the fifteen lines of `torch.utils.checkpoint` below: {fifteen}",
         ]
     ]

@@ -12,8 +12,8 @@
    than four times the square root of that precision's epsilon (relative to its norm): 1 % in float32, 12 % in float16,
    35 % in bfloat16, where the pictures themselves differ that much from float64's after tens of steps.
 
-The fifteen lines hand the noise in as ``latents=``. Where that makes another picture (a scheduler that draws then draws other
-numbers), they are compared with the truth of that call.
+The fifteen lines hand the noise in as ``latents=``. Where that makes another picture (a scheduler that draws then draws
+other numbers), they are compared with the truth of that call.
 
 The scalar is a fixed weighting of the finished pictures, clamped to [0, 1], plus their squares, summed in float64.
 """
@@ -153,7 +153,9 @@ class Judge:
         error = None if truth is None else distance(gradient, truth.gradient)
         allowed = max(AGREE, 4 * math.sqrt(torch.finfo(gradient.dtype).eps))
         right = error is not None and (bits or error <= allowed)
-        return Verdict("verified" if right else "wrong" if truth is not None else "unverified", "", error, bits)
+        return Verdict(
+            "verified" if right else "wrong" if truth is not None else "unverified", "", error, bits
+        )
 
     def _bits(self, gradient: Tensor, handed: bool) -> bool | None:
         """Whether it is plain autograd's; None where that does not run."""
@@ -182,9 +184,10 @@ class Judge:
         if not math.isfinite(norm) or norm == 0:
             raise NoGradient("zero or not finite")
         generator = torch.Generator().manual_seed(12)
-        ways_to_go = [gradient.cpu()] + [
+        random = (
             torch.randn(gradient.shape, generator=generator, dtype=gradient.dtype) for _ in range(_RANDOM)
-        ]
+        )
+        ways_to_go = [gradient.cpu(), *random]
         found = []
         for i, way in enumerate(ways_to_go):
             way = (way / way.norm()).to(gradient)
@@ -205,7 +208,9 @@ class Judge:
     def _precision(self) -> torch.dtype:
         """The precision that the block asks for first."""
         source = self.block.source
-        named = {source.find(f"torch_dtype=torch.{name}"): name for name in ("float16", "bfloat16", "float32")}
+        named = {
+            source.find(f"torch_dtype=torch.{name}"): name for name in ("float16", "bfloat16", "float32")
+        }
         named.pop(-1, None)
         return getattr(torch, named[min(named)]) if named else torch.float32
 

@@ -1,13 +1,12 @@
 """The ways in which a block is run: as it stands, with one line added, and with the lines that need no library.
 
-A block's last statement calls ``pipe(...)`` and keeps what it wants of the output. Its syntax tree is edited: nothing but
-that statement changes, and what is put in front of it is what a user would type.
+A block's last statement calls ``pipe(...)`` and keeps what it wants of the output. Its syntax tree is edited: nothing
+but that statement changes, and what is put in front of it is what a user would type.
 """
 
 from __future__ import annotations
 
 import ast
-import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -138,7 +137,9 @@ def plain(
     edited.undecorated()
     edited.before("call = type(pipe).__call__.__wrapped__")
     if frozen:
-        edited.before("[part.requires_grad_(False) for part in pipe.components.values() if hasattr(part, 'forward')]")
+        edited.before(
+            "[part.requires_grad_(False) for part in pipe.components.values() if hasattr(part, 'forward')]"
+        )
     _hand_in(edited, handed)
     return _run(edited, twin, noise, block)
 
@@ -157,9 +158,7 @@ def one_line(block: Block, noise: Tensor, steps: int | None, twin: torch.dtype |
     return _run(edited, twin, noise, block)
 
 
-def fifteen_lines(
-    block: Block, noise: Tensor, steps: int | None, twin: torch.dtype | None = None
-) -> Tensor:
+def fifteen_lines(block: Block, noise: Tensor, steps: int | None, twin: torch.dtype | None = None) -> Tensor:
     """The block with :data:`FIFTEEN_LINES`."""
     edited = Edited(block.source, steps, twin)
     edited.set("output_type", "'pt'")
