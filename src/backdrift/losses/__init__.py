@@ -7,31 +7,53 @@ or of a mapping from these to weights. :func:`kinds` lists what there is.
 from __future__ import annotations
 
 from . import measurements
+from .aesthetic import Aesthetic
 from .ambigram import Ambigram
 from .base import FunctionLoss, Loss
 from .class_target import ClassTarget
 from .classifier import Classifier, load_classifier
 from .clip import CLIPText
+from .clip_image import CLIPImage
+from .clip_images import ImageEncoder
+from .content import Content
+from .hpsv2 import HPSv2
+from .identity import Identity
+from .image_reward import ImageReward
 from .mse import MSE, load_picture
+from .perceptual import Perceptual, VGGContent, VGGStyle
+from .pickscore import PickScore
 from .registry import kinds, register
 from .resize import prepare, resize
 from .spec import resolve
 from .statistics import Brightness, Colour, Contrast, Saturation, Sharpness
+from .style import GramStyle
 from .weighted import WeightedSum
 
 __all__ = [
     "MSE",
+    "Aesthetic",
     "Ambigram",
     "Brightness",
+    "CLIPImage",
     "CLIPText",
     "ClassTarget",
     "Classifier",
     "Colour",
+    "Content",
     "Contrast",
     "FunctionLoss",
+    "GramStyle",
+    "HPSv2",
+    "Identity",
+    "ImageEncoder",
+    "ImageReward",
     "Loss",
+    "Perceptual",
+    "PickScore",
     "Saturation",
     "Sharpness",
+    "VGGContent",
+    "VGGStyle",
     "WeightedSum",
     "kinds",
     "load_classifier",

@@ -47,7 +47,7 @@ class Classifier(nn.Module):
         kernel: Kernel = "bicubic",
     ) -> None:
         super().__init__()
-        _check_eval(network)
+        check_eval(network)
         self.network = network
         self.labels = _labels(network) if labels is None else _by_head(labels)
         self.size = size
@@ -162,7 +162,8 @@ def load_classifier(source: str | None = None) -> Classifier:
     if getattr(how, "do_center_crop", False) and getattr(how, "crop_size", None):
         side = how.crop_size["height"]
     mean, std = (how.image_mean, how.image_std) if how.do_normalize else ((0.0,) * 3, (1.0,) * 3)
-    return Classifier(network, size=int(side), mean=mean, std=std)
+    kernel: Kernel = "bilinear" if how.resample == 2 else "bicubic"  # Pillow's number for it
+    return Classifier(network, size=int(side), mean=mean, std=std, kernel=kernel)
 
 
 def as_classifier(given: Classifier | nn.Module | None) -> Classifier:
@@ -178,13 +179,14 @@ def split_model(text: str) -> tuple[str, str | None]:
     return (before.strip(), after.strip() or None) if at else (text.strip(), None)
 
 
-def _check_eval(network: nn.Module) -> None:
+def check_eval(network: nn.Module, what: str = "classifier") -> None:
+    """Raise :class:`InputError` if a layer would make the answer random or mix the samples."""
     random = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
     for name, module in network.named_modules():
         if isinstance(module, random) and module.training:
             raise InputError(
-                f"The classifier's layer {name or type(module).__name__!r} is in training mode: its answer "
-                "would be random or depend on the other samples. Call .eval() on the classifier first."
+                f"The {what}'s layer {name or type(module).__name__!r} is in training mode: its answer "
+                f"would be random or depend on the other samples. Call .eval() on the {what} first."
             )
 
 

@@ -85,17 +85,25 @@ class CLIPText(Loss):
     def values(self, images: Tensor, prompts: Sequence[str] | None) -> Tensor:
         if self.text is None and prompts is None:
             raise InputError(
-                "The loss 'clip' has neither a text nor a prompt: write for instance clip:a blue two."
+                f"The loss {self.name!r} has neither a text nor a prompt: write for instance {self.name}:a blue two."
             )
         pictures = self.embed_images(images)
         texts = self.embed_texts([self.text] if self.text is not None else list(prompts or ())).to(pictures)
-        return angle_loss(pictures, texts.expand_as(pictures), self.distance)
+        return self.compare(pictures, texts.expand_as(pictures))
+
+    def compare(self, pictures: Tensor, texts: Tensor) -> Tensor:
+        """The value of each pair of unit embeddings ``(N, D)``; ``(N,)``."""
+        return angle_loss(pictures, texts, self.distance)
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Unit embeddings ``(N, D)`` of ``(N, 3, H, W)`` pictures in [0, 1], in the pictures' dtype."""
-        pixels = prepare(images, self.size, self.mean, self.std)
+        pixels = self.pixels(images)
         pooled = self.model.vision_model(pixel_values=pixels.to(self.model.dtype)).pooler_output
         return _unit(self.model.visual_projection(pooled).to(images.dtype))
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """The pictures as the network takes them: resized, cropped, normalised."""
+        return prepare(images, self.size, self.mean, self.std)
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
@@ -114,23 +122,27 @@ class CLIPText(Loss):
             count = len(self.tokenizer(text)["input_ids"])
             if count > limit:
                 raise InputError(
-                    f"The text {text!r} of the loss 'clip' has {count} tokens; the model takes {limit}. "
+                    f"The text {text!r} of the loss {self.name!r} has {count} tokens; the model takes {limit}. "
                     "Shorten it."
                 )
         return self.tokenizer(texts, padding="max_length", max_length=limit, return_tensors="pt")
 
 
-def load_clip(source: str) -> dict[str, Any]:
+def load_clip(source: str, beside: str | None = None) -> dict[str, Any]:
     """Model, tokenizer and pixel statistics of a CLIP of transformers, as :class:`CLIPText` takes them.
+
+    Args:
+        source: Folder or hub id.
+        beside: Where the tokenizer is when ``source`` has none.
 
     Raises:
         InputError: When it cannot be loaded.
     """
-    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+    from transformers import CLIPImageProcessor, CLIPModel
 
     try:
         model = CLIPModel.from_pretrained(source).eval().requires_grad_(False)
-        tokenizer = CLIPTokenizer.from_pretrained(source)
+        tokenizer = load_tokenizer(source, beside)
     except (OSError, ValueError) as error:
         line = (str(error).strip().splitlines() or [""])[0]
         raise InputError(f"No CLIP model can be loaded from {source!r}: {line}") from error
@@ -139,6 +151,22 @@ def load_clip(source: str) -> dict[str, Any]:
     except (OSError, ValueError):  # models saved without one were trained with the usual statistics
         return {"model": model, "tokenizer": tokenizer}
     return {"model": model, "tokenizer": tokenizer, "mean": how.image_mean, "std": how.image_std}
+
+
+def load_tokenizer(source: str, beside: str | None = None) -> Any:
+    """The ``CLIPTokenizer`` of a folder or hub id, or of another one where it has none.
+
+    Raises:
+        OSError, ValueError: When neither has one.
+    """
+    from transformers import CLIPTokenizer
+
+    try:
+        return CLIPTokenizer.from_pretrained(source)
+    except (OSError, ValueError, TypeError):  # missing files show as one or the other
+        if beside is None:
+            raise
+        return CLIPTokenizer.from_pretrained(beside)
 
 
 def angle_loss(u: Tensor, v: Tensor, distance: Distance) -> Tensor:
