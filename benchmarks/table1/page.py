@@ -93,12 +93,14 @@ def ordering_table(data: Data, metric: str) -> str:
     if metric == "classifier":  # the paper has Fréchet distances only
         paper = [f"{PAPER[t][0] / PAPER[t][1]:.2f}" if t in PAPER else "–" for t in TARGETS]
         blank = ["–"] * len(TARGETS)
-        lines.append(f"| the paper (CIFAR-10, AB4, its own grid) | {' | '.join(paper)} | {' | '.join(blank)} |")
+        lines.append(
+            f"| the paper (CIFAR-10, AB4, its own grid) | {' | '.join(paper)} | {' | '.join(blank)} |"
+        )
     return "\n".join(lines)
 
 
 def against_dpm(data: Data, metric: str) -> str:
-    """The best Adams–Bashforth row of the exponential form over the best DPM-Solver, grid by grid."""
+    """Adams–Bashforth on the exponential form over the best DPM-Solver of the same grid and target."""
     found = cells(data)
     head = [f"{GRID_NAMES[grid]}, {target}" for grid in GRIDS for target in TARGETS]
     lines = ["| | " + " | ".join(head) + " |", "|---|" + "---|" * len(head)]
