@@ -186,12 +186,17 @@ def test_image_to_image_counts_the_steps_it_makes() -> None:
 
 def family(name: str) -> tuple[Any, list[str], dict[str, Any]]:
     """A pipeline, its denoising networks, and keywords of a call in N steps whose noise requires no gradient."""
-    embeds = {"prompt_embeds": torch.randn(1, TOKENS, WIDTH), "negative_prompt_embeds": torch.randn(1, TOKENS, WIDTH)}
+    embeds = {
+        "prompt_embeds": torch.randn(1, TOKENS, WIDTH),
+        "negative_prompt_embeds": torch.randn(1, TOKENS, WIDTH),
+    }
     if name == "wan":
         call = {"latents": torch.randn(1, 4, 2, 8, 8), "height": PICTURE, "width": PICTURE, "num_frames": 2}
         return tiny_wan(), ["transformer"], {**call, **embeds, "num_inference_steps": N}
     if name == "stable audio":  # its projection model is called before the loop
-        masks = {f"{kind}attention_mask": torch.ones(1, TOKENS, dtype=torch.long) for kind in ("", "negative_")}
+        masks = {
+            f"{kind}attention_mask": torch.ones(1, TOKENS, dtype=torch.long) for kind in ("", "negative_")
+        }
         call = {"latents": torch.randn(1, 3, 16), "audio_end_in_s": 8.0, "num_inference_steps": N}
         return tiny_stable_audio(), ["transformer"], {**call, **embeds, **masks}
     pipe: Any = tiny_flux() if name == "flux" else tiny_controlnet()
@@ -207,16 +212,20 @@ def test_families_and_control_networks_as_with_networks_that_rest(name: str) -> 
     """Without a gradient at the noise, nothing before the last step has one: their calls are made under no_grad."""
     torch.manual_seed(0)
     pipe, networks, call = family(name)
-    weights = [p for key in networks for p in getattr(pipe, key).parameters()]
+    weights = [p for key in networks for p in getattr(pipe, key).parameters() if p.requires_grad]
     leaves = [*(v for v in call.values() if isinstance(v, Tensor) and v.requires_grad), *weights]
 
     def result(out: Any) -> Tensor:
         return next(getattr(out, k) for k in ("images", "frames", "audios") if hasattr(out, k))
 
     run = bd.differentiable(pipe, "min", train=networks, clamp=True, through=bd.Last(1))
-    found = torch.autograd.grad(loss_of(result(run(**call))), leaves, allow_unused=True)
-    made = run.stats.calls_forward
-    assert run.stats.vjps * N == made
+    def seeded() -> dict[str, torch.Generator]:  # Stable Audio's scheduler adds noise
+        return {"generator": torch.Generator().manual_seed(0)}
+
+    found = torch.autograd.grad(loss_of(result(run(**call, **seeded()))), leaves, allow_unused=True)
+    per_step = 2 if name in ("wan", "controlnet") else 1
+    assert run.stats.vjps == per_step
+    made = N * per_step
 
     called = 0
 
@@ -232,7 +241,7 @@ def test_families_and_control_networks_as_with_networks_that_rest(name: str) -> 
     for key in networks:
         getattr(pipe, key).forward = resting(getattr(pipe, key).forward)
     own = type(pipe).__call__.__wrapped__
-    out = result(own(pipe, output_type="pt", **call))
+    out = result(own(pipe, output_type="pt", **call, **seeded()))
     expected = torch.autograd.grad(loss_of(out), leaves, allow_unused=True)
     assert called == made
     assert sum(g is not None and bool(g.any()) for g in expected) > 10
@@ -281,7 +290,9 @@ def test_a_trained_network_that_is_only_called_in_other_steps_raises() -> None:
     call: dict[str, Any] = {"height": 16, "width": 16, "num_frames": 2, "num_inference_steps": 4}
     call |= {"prompt_embeds": torch.randn(1, TOKENS, WIDTH), "latents": torch.randn(1, 4, 2, 8, 8)}
     call |= {"output_type": "latent", "guidance_scale": 1.0}
-    with pytest.raises(MissingGradientError, match=r"transformer is not called in the steps that carry .*\(3 of 4"):
+    with pytest.raises(
+        MissingGradientError, match=r"transformer is not called in the steps that carry .*\(3 of 4"
+    ):
         bd.differentiable(pipe, "min", train="transformer", through=bd.Last(1))(**call)
     for train, step, weights in (("transformer", 0, early), ("transformer_2", 3, late)):
         out = bd.differentiable(pipe, "min", train=train, through=bd.Steps([step]))(**call)
@@ -376,9 +387,7 @@ def test_the_trace_holds_the_norms_of_the_gradients_at_the_latents() -> None:
     known = [g.norm().item() for g in torch.autograd.grad(loss, [noise, *kept], retain_graph=True)]
     loss.backward()
     assert run.trace.latents == pytest.approx(known, rel=1e-5)
-    assert run.trace.growth == pytest.approx(
-        [a / b for a, b in itertools.pairwise(known)], rel=1e-5
-    )
+    assert run.trace.growth == pytest.approx([a / b for a, b in itertools.pairwise(known)], rel=1e-5)
     assert all(norm is not None and norm > 0 for norm in run.trace.eps)
     assert not run.trace.exploding
     assert not run.trace.clipped
@@ -411,7 +420,7 @@ def test_clipping_bounds_the_adjoint_at_every_boundary() -> None:
     free = bd.differentiable(pipe, "min", train="lora", clamp=True)
     plain = loss_of(free(**embeds, **arguments(pipe, noise)).images)
     exact = torch.autograd.grad(plain, [noise, *lora(pipe)])
-    limit = min(norm for norm in free.trace.latents[1:] if norm) / 4
+    limit = min(norm for norm in free.trace.latents[1:] if norm) / 40
     run = bd.differentiable(pipe, "min", train="lora", clamp=True, through=bd.All(clip_step=limit))
     seen: list[Tensor] = []
 
@@ -422,8 +431,9 @@ def test_clipping_bounds_the_adjoint_at_every_boundary() -> None:
     loss = loss_of(run(**embeds, **arguments(pipe, noise), callback_on_step_end=look).images)
     found = torch.autograd.grad(loss, [noise, *lora(pipe)])
     norms = torch.stack(seen).flatten(2).norm(dim=2)  # what each step's end handed on, sample by sample
-    torch.testing.assert_close(norms, torch.full((N, 2), limit), rtol=1e-5, atol=0)
-    assert run.trace.clipped == tuple(range(1, N + 1))
+    assert bool((norms <= limit * (1 + 1e-6)).all())
+    assert N in run.trace.clipped  # at the others where a step has made it grow again
+    torch.testing.assert_close(norms[0], torch.full((2,), limit), rtol=1e-6, atol=0)
     assert not torch.allclose(found[1], exact[1], rtol=0.1)
     # A limit that nothing reaches changes no bit.
     run = bd.differentiable(pipe, "min", train="lora", clamp=True, through=bd.All(clip_step=1e9))

@@ -23,8 +23,8 @@ A choice here changes four things in that, and nothing in the values that are co
 
 Where these are from. DRaFT-K (Clark et al. 2024, *Directly Fine-Tuning Diffusion Models on Differentiable Rewards*) is
 ``Last(K)``. AlignProp (Prabhudesai et al. 2023) detaches e_i before a step drawn at random, which gives weights the
-same gradient as ``Last(K)`` with a K drawn for each update. DRTune (Wu et al. 2024, *Deep Reward Supervisions for Tuning
-Text-to-Image Diffusion Models*) trains some steps, network inputs detached: ``Random(K, detach_input=True)``, or
+same gradient as ``Last(K)`` with a K drawn for each update. DRTune (Wu et al. 2024, *Deep Reward Supervisions for
+Tuning Text-to-Image Diffusion Models*) trains some steps, network inputs detached: ``Random(K, detach_input=True)``, or
 ``Steps`` at equal distances. LeapAlign (Liang et al. 2026) scales the gradient by the network's input down instead of
 dropping it: ``input_discount``, here on the sampler's own steps. ReFL (Xu et al. 2023) and DRaFT-LV leave the sampler's
 path, for a picture predicted in one step or noised again: they are other losses, and not a choice of steps.
@@ -37,8 +37,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from itertools import pairwise
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch

@@ -308,7 +308,14 @@ class DifferentiableRun:
         return module
 
     def _plan(
-        self, fn: Any, name: str, module: nn.Module, role: Role, users: Adapters, choices: Choices, moving: bool
+        self,
+        fn: Any,
+        name: str,
+        module: nn.Module,
+        role: Role,
+        users: Adapters,
+        choices: Choices,
+        moving: bool,
     ) -> Any:
         ledger, modules = self._ledger, [(name, module)]
 
