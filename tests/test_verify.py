@@ -312,7 +312,9 @@ def test_what_autograd_does_not_see_is_found_by_finite_differences() -> None:
 
 
 def test_methods_that_do_not_apply_are_refused_by_row() -> None:
-    made = mixture(methods=["symplectic", "reversible", "exact:max"], solver="ab2", steps=[4, 8], reference_steps=16)
+    made = mixture(
+        methods=["symplectic", "reversible", "exact:max"], solver="ab2", steps=[4, 8], reference_steps=16
+    )
     assert {row.verdict for row in rows(made, "symplectic")} == {"refused"}
     assert "Runge–Kutta" in one(made, "symplectic", 8).reason
     assert made.recommendation.row is not None

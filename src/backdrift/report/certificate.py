@@ -70,7 +70,10 @@ def read(folder: Path) -> dict[str, Any]:
 def headings() -> list[tuple[str, str]]:
     """The columns of the table, and what they mean."""
     return [
-        ("method", "the gradient method; “coupled”: it runs on the solver's reversible (McCallum–Foster) coupling"),
+        (
+            "method",
+            "the gradient method; “coupled”: it runs on the solver's reversible (McCallum–Foster) coupling",
+        ),
         ("own err.", "relative error to the sampler's own gradient, that of the steps as they were taken"),
         ("cos", "cosine of the angle to it"),
         (

@@ -88,7 +88,9 @@ class Work:
                         own = Sampler(entry.solver(sampler.solver), sampler.form, sampler.grid)
                         if own.key not in self.sampled:
                             yield from self._references(own, asked)
-                    except BackdriftError as error:  # the solver has no reversible coupling, or that does not run here
+                    except (
+                        BackdriftError
+                    ) as error:  # the solver has no reversible coupling, or that does not run here
                         row = self._row(entry, self.sampled[sampler.key], asked)
                         row.verdict = "failed" if isinstance(error, NonFiniteError) else "refused"
                         row.reason = str(error)
