@@ -123,7 +123,7 @@ def test_a_budget_leaves_room_for_the_loss(tmp_path: Path) -> None:
 
     light = descend(tiny_sd(), tmp_path / "light", steps=1, num_inference_steps=2, memory="20MB")
     assert light.finished
-    with pytest.raises(BudgetError, match="smallest budget that works is .* needed at the loss"):
+    with pytest.raises(BudgetError, match=r"smallest budget that works is .* needed at the loss"):
         descend(tiny_sd(), tmp_path / "heavy", Heavy(), steps=1, num_inference_steps=2, memory="20MB")
 
 

@@ -147,5 +147,8 @@ def test_a_pipeline_that_cannot_be_planned_keeps_what_fits_beside_its_weights(mo
         found, run = gradients(pipe, call, memory="40MiB")
     assert equal(found, plain)
     assert run.plan is None
-    with pytest.warns(UserWarning, match="cannot be planned"), pytest.raises(BudgetError, match="weights alone"):
+    with (
+        pytest.warns(UserWarning, match="cannot be planned"),
+        pytest.raises(BudgetError, match="weights alone"),
+    ):
         gradients(pipe, call, memory="100KiB")

@@ -181,7 +181,7 @@ def place_of(tensor: Tensor) -> Place | None:
     residence = found[0]()
     if residence is None:
         return None
-    return Place(residence, found[1], tensor.size(), tensor.stride(), tensor.storage_offset())
+    return Place(residence, found[1], tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
 
 def home_of(tensor: Tensor) -> Tensor:

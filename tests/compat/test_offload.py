@@ -97,7 +97,9 @@ def test_one_phase_is_on_the_device_at_a_time(name: str, memory: Any, phases: li
     assert not residence._COPIES
 
 
-@TRAP.handled("the same with frozen weights and prompts, with LoRA, and with a float16 decoder that is upcast")
+@TRAP.handled(
+    "the same with frozen weights and prompts, with LoRA, and with a float16 decoder that is upcast"
+)
 def test_prompts_adapters_and_half_precision(phases: list[frozenset[str]]) -> None:
     from peft import LoraConfig
 
@@ -158,7 +160,9 @@ def test_hooks_inside_networks_are_refused() -> None:
     pipe = tiny_sd()
     run = bd.differentiable(pipe)
     add_hook_to_module(pipe.unet.conv_in, AlignDevicesHook("cpu"))
-    with pytest.raises(UnsupportedError, match=r"unet\.conv_in has the hook AlignDevicesHook.*remove_all_hooks"):
+    with pytest.raises(
+        UnsupportedError, match=r"unet\.conv_in has the hook AlignDevicesHook.*remove_all_hooks"
+    ):
         run(**leaves_of(pipe), **size())
     pipe = tiny_sd()
     pipe.unet.enable_group_offload(torch.device("cpu"), torch.device("cpu"), "leaf_level")

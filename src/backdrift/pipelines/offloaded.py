@@ -19,6 +19,7 @@ from .refusals import waits
 from .rehearsal import role_of
 from .shadow import networks
 
+
 def execution_device(pipe: Any) -> torch.device | None:
     """Where the calls of an offloaded pipeline run; None for one that is not offloaded."""
     for module in networks(pipe).values():
