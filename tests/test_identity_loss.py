@@ -50,6 +50,23 @@ def test_a_saved_network_is_the_module(tmp_path: Path) -> None:
     torch.testing.assert_close(saved, losses.Identity(reference, tiny_faces())(images))
 
 
+def test_a_plan_counts_a_module_and_says_that_it_cannot_count_torchscript(tmp_path: Path) -> None:
+    from backdrift.pipelines.scored import count_loss
+    from backdrift.planning.meta import weight_bytes
+
+    meta = torch.empty(2, 3, 64, 64, device="meta")
+    loss = losses.Identity(pictures(1, 112, seed=3), tiny_faces())
+    found, notes = count_loss(loss, meta)
+    assert notes == ()
+    assert found is not None
+    assert found.weights == weight_bytes(loss)
+    assert found.profile.saved > 2 * 3 * 112 * 112 * 4
+    torch.jit.script(tiny_faces()).save(str(tmp_path / "face.pt"))
+    found, notes = count_loss(losses.Identity(pictures(1, 112, seed=3), tmp_path / "face.pt"), meta)
+    assert found is None
+    assert "could not be counted" in notes[0]
+
+
 def test_an_onnx_file_is_the_module(tmp_path: Path) -> None:
     """Convolution, batch norm, PReLU and a linear layer written as ONNX, read back through onnx2torch."""
     pytest.importorskip("onnx2torch", reason="the extra 'faces' is not installed")

@@ -34,23 +34,23 @@ def count_loss(loss: Any, pictures: Tensor) -> tuple[Loss | None, tuple[str, ...
         InputError: a spec that means no loss.
     """
     rows = len(pictures)
+    scorer: Any = None
     if isinstance(loss, str) and loss in loss_networks():
         network, name = _Vision(loss), loss
         weights = weight_bytes(network)
-        values: Callable[[Tensor], Tensor] = network
     else:
         scorer = resolve(loss)
         for part in scorer.modules():
             if isinstance(part, CLIPText):  # texts are embedded once, without gradients, and remembered
                 part.embed_texts([part.text] if part.text is not None else [_PROMPT])
         name, weights = scorer.spec or type(scorer).__name__, weight_bytes(scorer)
-        values = _values(to_meta(shadow(scorer, set())), rows)
     images = like(pictures.detach()).requires_grad_()
     try:
+        values = network if scorer is None else _values(to_meta(shadow(scorer, set())), rows)
         counted = profile(lambda: values(images).sum(), [images])
     except BackdriftError:
         raise
-    except Exception as error:  # it reads values, or networks that cannot be found
+    except Exception as error:  # it reads values, or networks that cannot be found or copied
         note = f"The loss {name} could not be counted ({type(error).__name__}: {error}); leave room for it."
         return None, (note,)
     return Loss(name, weights, rows, counted), ()
