@@ -219,6 +219,7 @@ def test_families_and_control_networks_as_with_networks_that_rest(name: str) -> 
         return next(getattr(out, k) for k in ("images", "frames", "audios") if hasattr(out, k))
 
     run = bd.differentiable(pipe, "min", train=networks, clamp=True, through=bd.Last(1))
+
     def seeded() -> dict[str, torch.Generator]:  # Stable Audio's scheduler adds noise
         return {"generator": torch.Generator().manual_seed(0)}
 

@@ -107,12 +107,16 @@ def plots(record: Mapping[str, Any]) -> dict[str, Any]:
 def trace(record: Mapping[str, Any]) -> dict[str, Any]:
     """The last gradient's norm at the sampler's steps, as a curve, wide and narrow; what to say of it."""
     found = record.get("trace") or {}
-    points = [(float(i), float(norm)) for i, norm in enumerate(found.get("latents") or ()) if norm is not None]
+    points = [
+        (float(i), float(norm)) for i, norm in enumerate(found.get("latents") or ()) if norm is not None
+    ]
     eps = [(float(i), float(norm)) for i, norm in enumerate(found.get("eps") or ()) if norm is not None]
     curves = [Curve("at the latents that enter a step", points)]
     curves += [Curve("at the network's output", eps, "second")] if eps else []
     notes = [f"iteration {found.get('iteration')}, through {found.get('through')}"] if found else []
-    notes += ["it explodes: over 1000 times its size at the finished latents"] if found.get("exploding") else []
+    notes += (
+        ["it explodes: over 1000 times its size at the finished latents"] if found.get("exploding") else []
+    )
     notes += [f"clipped at {len(found['clipped'])} boundaries"] if found.get("clipped") else []
     label, across = "gradient norm", "step, the noise left"
     return {
