@@ -83,7 +83,8 @@ def optimize(
         heldout: a loss that is not optimised, lower is better; decides what is best and when to stop.
         heldout_prompts: further prompts, with noise of their own, on which ``heldout`` (default ``loss``) is measured.
         patience: stop after so many iterations without improvement.
-        enough: stop when the score (of every sample, where they are independent) is at most this.
+        enough: a sample whose score is at most this is kept as it is then (pushed on, pictures please the loss and
+            look worse); when all are, stop.
         minibatch: examples per iteration (not for the noise); default all.
         chunk: examples per call of the pipeline; the gradients are added up.
         memory: the plan of ``differentiable``; it does not change the result. A size leaves room for the loss.

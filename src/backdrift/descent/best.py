@@ -13,6 +13,9 @@ from .measure import Measured
 class BestSoFar:
     """Keeps values and pictures whose score is lowest.
 
+    Args:
+        enough: what has reached this score is kept as it is; None: the lowest score to the end.
+
     Attributes:
         values: the optimised tensors at their best.
         images: the pictures they made, (n, 3, H, W).
@@ -21,7 +24,8 @@ class BestSoFar:
         stale: iterations since the last improvement.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, enough: float | None = None) -> None:
+        self.enough = enough
         self.values: dict[str, Tensor] = {}
         self.images = self.flagged = self.losses = self.scores = self.iterations = torch.empty(0)
         self.stale = 0
@@ -38,6 +42,8 @@ class BestSoFar:
             self.iterations = torch.zeros_like(scores, dtype=torch.int64)
         else:
             better = scores < self.scores
+            if self.enough is not None:
+                better &= self.scores > self.enough
         self.stale = 0 if bool(better.any()) else self.stale + 1
 
         def choose(new: Tensor, old: Tensor) -> Tensor:

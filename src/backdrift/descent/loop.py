@@ -65,7 +65,7 @@ class Descent:
         self.options, self.run, self.callback, self.progress = options, run, callback, progress
         self.heldout, self.heldout_examples = heldout, heldout_examples
         self.figures, self.judge, self.scorer = figures or {}, judge, scorer
-        self.best = BestSoFar()
+        self.best = BestSoFar(options.enough)
 
     def go(self) -> Run:
         """Descend to the end, from the last checkpoint if there is one; a finished run is returned as it is."""

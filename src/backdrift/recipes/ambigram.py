@@ -47,9 +47,9 @@ def ambigram(
     num_inference_steps: int = 31,
     guidance_scale: float = 2.0,
     steps: int = 50,
-    lr: float = 0.1,
+    lr: float = 0.05,
     noise_prior: float = 0.01,
-    enough: float | None = 0.05,
+    enough: float | None = 0.01,
     jitter: float = 2.0,
     baseline: OneStep | None = BASELINE,
     chunk: int | None = None,
@@ -67,7 +67,8 @@ def ambigram(
         prompt: what the sampler is told; default ``"a red <upright> on white"``.
         seeds: one picture from the noise of each, optimised side by side and each by itself.
         loss: an :class:`~backdrift.losses.Ambigram`; default one on the built-in classifier.
-        enough: stop when loss and prior together are this small for every picture (``None``: use all ``steps``).
+        enough: a picture for which loss and prior together are this small is kept as it is then; when all are, stop
+            (``None``: the lowest to the end, which pleases the classifier and looks worse).
         jitter: the loss sees the picture moved, turned and scaled at random by up to so many pixels (0: as it is).
         baseline: how one-step guidance is done, with as many network calls for each picture; ``None``: not at all.
         chunk: pictures per call of the pipeline; default all.
