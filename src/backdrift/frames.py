@@ -70,7 +70,7 @@ class Frame:
         self.remade: dict[int, list[tuple[torch.Tensor, int] | None]] = {}
         self._permanent = weights.storages | {t.untyped_storage()._cdata for t in self.tensors}
         self._counted: set[int] = set()
-        self._checked = -1  # the backward pass (autograd's graph task) in which the weights were compared last
+        self._checked = -1  # the backward pass (graph task) in which the weights were compared last
         self._addresses: list[StorageWeakRef] = []
 
     def pack(self, tensor: torch.Tensor) -> _Ticket:

@@ -165,4 +165,5 @@ def noise(
     shape = latent_shape(pipe, height=height, width=width)
     draw = torch.Generator().manual_seed(seed)
     x = torch.stack([torch.randn(shape, generator=draw) for _ in range(batch_size)])
-    return x.to(device=device or pipe._execution_device, dtype=dtype or getattr(network, "dtype", torch.float32))
+    device = device or pipe._execution_device
+    return x.to(device=device, dtype=dtype or getattr(network, "dtype", torch.float32))

@@ -113,7 +113,7 @@ def check_components(pipe: Any) -> None:
         UnsupportedError: hooks of accelerate's other than those of ``enable_model_cpu_offload()`` (sequential
             offloading, dispatched networks), or those over a function in place of a network's ``forward``.
     """
-    advice = "pipe.remove_all_hooks(), then pipe.enable_model_cpu_offload(), or move the pipeline to one device"
+    advice = "pipe.remove_all_hooks(), then pipe.enable_model_cpu_offload(), or move it to one device"
     for key, module in vars(pipe).items():
         if not isinstance(module, nn.Module):
             continue
