@@ -163,6 +163,17 @@ def test_the_best_of_every_sample_is_kept() -> None:
     assert best.loss == 1.25
 
 
+def test_a_sample_that_is_good_enough_is_kept_as_it_is() -> None:
+    best = BestSoFar(enough=1.0)
+    scores = torch.tensor([[3.0, 1.0], [1.5, 0.2], [0.9, 0.1], [0.3, 2.0]])
+    for i, row in enumerate(scores):
+        found = Measured(torch.full((2, 3, 4, 4), float(i)), row, {}, torch.tensor([False, False]))
+        best.offer(i, {"noise": torch.full((2, 3), float(i))}, found, row, row)
+    assert best.iterations.tolist() == [2, 0]
+    assert best.images[:, 0, 0, 0].tolist() == [2.0, 0.0]
+    assert best.scores.tolist() == pytest.approx([0.9, 1.0])
+
+
 def test_the_heldout_score_decides_what_is_best_and_when_to_stop(tmp_path: Path) -> None:
     """The loss falls throughout; the held-out score has its minimum at iteration 2."""
     pipe, seen = linear_pipeline(), []
