@@ -5,7 +5,7 @@
    (pipelines that turn their pictures into arrays) is it the gradient that backdrift finds there. The differences are
    central ones of the pipeline's own call, without gradients, along three directions: the gradient's own and two random
    ones. An error in any component shows along the random ones: with n components a unit vector sees 1/sqrt(n) of the
-   gradient, so there the tolerance is that share of the gradient's norm (times 3, for the tails). Two widths of the
+   gradient, so there the tolerance is that share of the gradient's norm (times 3, for the tails). Several widths of the
    difference are tried, since some pipelines round to float32 inside.
 2. **A gradient in the block's own precision** is verified if it is finite, not zero, and is the same bits as plain
    autograd's in that precision (with the weights as they come, or frozen: kernels differ), or no farther from the truth
@@ -31,7 +31,12 @@ from . import ways
 from .listed import Block
 
 AGREE = 0.01  # between a gradient in float64 and central differences, relative to its norm
-_WIDTHS = ((torch.float64, 1e-4), (torch.float64, 1e-2), (torch.float32, 1e-2))  # along a unit vector
+_WIDTHS = (
+    (torch.float64, 1e-4),
+    (torch.float64, 1e-3),
+    (torch.float64, 1e-2),
+    (torch.float32, 1e-2),
+)  # along a unit vector
 _RANDOM = 2
 
 

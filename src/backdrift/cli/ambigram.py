@@ -31,7 +31,7 @@ class AmbigramSettings(Settings):
         json_schema_extra={"default": "a red <upright> on white"},
     )
     steps: int = Field(40, ge=0, description="Updates.")
-    lr: float = Field(0.1, gt=0, description="Learning rate.")
+    lr: float = Field(0.05, gt=0, description="Learning rate.")
     noise_prior: float = Field(0.01, ge=0, description="Weight of the Gaussian prior on the noise.")
     baseline: bool = Field(True, description="Also spend as many network calls on one-step guidance.")
     num_inference_steps: int = Field(12, ge=1, description="Steps of the sampler.")
