@@ -2,7 +2,7 @@
 
     python -m benchmarks.first_blocks                          # all: some minutes on one core
     python -m benchmarks.first_blocks flux_dev wan             # some
-    python -m benchmarks.first_blocks --steps 3 --out /tmp/a.json
+    python -m benchmarks.first_blocks --steps 3 --out runs/blocks.json
 
 Results go to ``results/first-blocks.json``, after every block; what it holds is run again only with ``--fresh``.
 """
