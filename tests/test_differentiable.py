@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import backdrift as bd
 from backdrift.errors import BudgetError
-from tensor_bytes import TensorBytes
+from backdrift.verification.memory import LiveStorages
 from tiny_pipelines import (
     LATENT,
     PICTURE,
@@ -281,7 +281,7 @@ def peak(pipe: Any, memory: Any, train: str | None, steps: int = 6) -> tuple[int
     for network in (v for v in vars(pipe).values() if isinstance(v, torch.nn.Module)):
         network.zero_grad(set_to_none=True)
     arguments, _ = call_arguments(pipe, steps=steps)
-    with TensorBytes() as live:
+    with LiveStorages() as live:
         run = bd.differentiable(pipe, memory=memory, train=train)
         run(**arguments).images.square().mean().backward()
     return live.peak, run.stats

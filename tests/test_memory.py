@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from backdrift.budget import available_bytes, format_size, parse_size
 from backdrift.errors import BackdriftError, BudgetError, StateChangedError
 from backdrift.memory import Ledger, MemoryPlan
-from tensor_bytes import TensorBytes
+from backdrift.verification.memory import LiveStorages
 
 CALLS = 6
 
@@ -292,7 +292,7 @@ def test_redone_calls_are_the_fewest_that_the_budget_allows() -> None:
 def test_live_tensor_bytes_stay_within_the_budget(factor: float) -> None:
     budget = int(smallest() * factor)
     net, x, cond = problem()
-    with TensorBytes() as live:
+    with LiveStorages() as live:
         sample(net, x, cond, Ledger(budget)).square().sum().backward()
     assert live.peak <= 1.05 * budget
 

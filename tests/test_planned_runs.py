@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -124,6 +126,19 @@ def test_room_is_left_for_the_loss() -> None:
     assert (
         gradients(pipe, call, memory=budget + more, loss="clip-vit-base-patch32")[1].plan.job.loss is not None
     )
+
+
+def test_a_remembered_job_keeps_neither_pipeline_nor_loss_alive() -> None:
+    pipe = tiny_sd()
+
+    def loss(images: torch.Tensor, of: Any = pipe) -> torch.Tensor:
+        return images.flatten(1).sum(1)
+
+    watched = weakref.ref(pipe), weakref.ref(loss)
+    gradients(pipe, call_of(pipe, 2, side=16), memory="40MB", loss=loss)
+    del pipe, loss
+    gc.collect()
+    assert [ref() for ref in watched] == [None, None]
 
 
 def test_what_is_only_planned_for_is_refused_by_name() -> None:

@@ -71,6 +71,9 @@ class Residence:
             weights are the user's Parameters: calls see differentiable copies, and gradients arrive at home.
         phase: of the run; members of one phase are on the device together.
         turns: of the run.
+
+    Attributes:
+        nbytes: of its copies on the device.
     """
 
     def __init__(self, module: nn.Module, phase: str, turns: Turns) -> None:
@@ -90,13 +93,9 @@ class Residence:
                     child._buffers[name] = own = buffer.detach()
                     self._frozen.append(own)
         self._copies: dict[Any, Tensor] = {}
+        self.nbytes = 0
         self._depth = 0
         turns.members.append(weakref.ref(self))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its copies on the device."""
-        return sum(copy.nbytes for copy in self._copies.values())
 
     def around(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """``fn`` with its arguments and the weights on the device while it runs."""
@@ -122,7 +121,7 @@ class Residence:
         self._depth += 1
         try:
             for tensor, home in zip(self._frozen, homes, strict=True):
-                tensor.data = self.copy_of(home)
+                tensor.data = self._here(home)
             for child, name, parameter in self._trained:
                 child._parameters[name] = parameter.to(self.turns.device, copy=True)  # type: ignore[assignment]
             yield
@@ -136,6 +135,9 @@ class Residence:
     def copy_of(self, home: Tensor) -> Tensor:
         """The copy on the device of what lies at ``home``, loaded if it is not there."""
         self.turns.comes(self)
+        return self._here(home)
+
+    def _here(self, home: Tensor) -> Tensor:
         if home.device == self.turns.device and home.device.type != "cpu":
             return home  # left there by a call of the user's own; on a CPU all goes as on a card
         key = _key(home)
@@ -143,6 +145,7 @@ class Residence:
         if copy is None:
             copy = self._copies[key] = home.to(self.turns.device, copy=True)
             _COPIES[copy.untyped_storage()._cdata] = weakref.ref(self), home
+            self.nbytes += copy.nbytes
             self.turns.note()
         return copy
 
@@ -152,7 +155,9 @@ class Residence:
 
     def _keep_only(self, keys: set[Any]) -> None:
         for key in [key for key in self._copies if key not in keys]:
-            _COPIES.pop(self._copies.pop(key).untyped_storage()._cdata, None)
+            copy = self._copies.pop(key)
+            self.nbytes -= copy.nbytes
+            _COPIES.pop(copy.untyped_storage()._cdata, None)
 
     def __del__(self) -> None:
         self.leave()

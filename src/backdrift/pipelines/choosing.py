@@ -22,8 +22,7 @@ from .planned import count_job
 from .shadow import Train, networks
 from .stand_in import alike
 
-# With each job the loss that was counted, so that no other one can take its id.
-_JOBS: weakref.WeakKeyDictionary[Any, dict[Any, tuple[Job, Any]]] = weakref.WeakKeyDictionary()
+_JOBS: weakref.WeakKeyDictionary[Any, dict[Any, Job]] = weakref.WeakKeyDictionary()
 _MOST = 8  # kinds of calls that are remembered of a pipeline
 
 
@@ -78,13 +77,13 @@ class Chooser:
             _state(self._pipe),
             repr(self._train),
             self._clamp,
-            id(self._loss),
+            _same(self._loss),
             through,
         )
         if key not in jobs:
             if len(jobs) >= _MOST:
                 jobs.pop(next(iter(jobs)))
-            job = count_job(
+            jobs[key] = count_job(
                 self._pipe,
                 kwargs,
                 self._train,
@@ -95,8 +94,7 @@ class Chooser:
                 noise=noise,
                 through=through,
             )
-            jobs[key] = job, self._loss
-        return jobs[key][0]
+        return jobs[key]
 
     def _unplanned(self, budget: int, problem: UnsupportedError) -> MemoryPlan:
         """A budget for the calls alone: what the weights leave."""
@@ -142,6 +140,11 @@ def _signature(args: Any, kwargs: Any, noise: torch.Tensor | None) -> Any:
     return (repr(spec), tuple(_seen(x) for x in leaves), _seen(noise))
 
 
+def _same(thing: Any) -> Any:
+    """A key that only this object has: an ``id`` would pass to the next one, a reference would keep it alive."""
+    return thing if thing is None or isinstance(thing, str) else weakref.ref(thing)
+
+
 def _seen(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return (alike(value), value.detach().flatten().tolist() if value.numel() <= 64 else None).__repr__()
@@ -154,7 +157,7 @@ def _state(pipe: Any) -> Any:
     """Of the pipeline, what decides over bytes and calls."""
     scheduler = getattr(pipe, "scheduler", None)
     parts = tuple(
-        (name, id(module), sum(1 for _ in module.modules()), tuple({p.dtype for p in module.parameters()}))
+        (name, _same(module), sum(1 for _ in module.modules()), tuple({p.dtype for p in module.parameters()}))
         for name, module in networks(pipe).items()
     )
     return (

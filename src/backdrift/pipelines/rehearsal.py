@@ -151,6 +151,9 @@ class _Stage:
             pictures=pictures,
             own=self._own(),
         )
+        self.pipe = (
+            None  # the job measures kinds of calls on this stage when asked, and may outlive the pipeline
+        )
         return Rehearsal(job, None if result is None else like(result.detach()))
 
     def _clone(self, noise: Noise | None) -> Any:

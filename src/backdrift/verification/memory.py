@@ -26,7 +26,7 @@ class Meter:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self._storages, self._before = device, _LiveStorages(), 0
+        self.device, self._storages, self._before = device, LiveStorages(), 0
         if device.type == "cuda":
             gc.collect()
             self._before = torch.cuda.memory_allocated(device)
@@ -47,7 +47,7 @@ class Meter:
         return found, self._storages.peak
 
 
-class _LiveStorages(TorchDispatchMode):
+class LiveStorages(TorchDispatchMode):
     """Inside the block, ``live`` is what tensors made there hold, and ``peak`` the most they held.
 
     A result that shares an argument's storage is no new tensor, so what existed before is never counted.
