@@ -50,7 +50,7 @@ def _trade(axis: Any, figures: Figures, steps: int, wants: str) -> None:
     axis.set(
         xscale="log", xlabel="peak of live tensors beside the weights, MB", ylabel="time over plain autograd"
     )
-    _plain_ticks(axis.xaxis)
+    plain_ticks(axis.xaxis)
     axis.set_title(f"gradients for {wants}, N = {steps}", fontsize=10)
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8, frameon=False)
@@ -70,13 +70,13 @@ def _growth(axis: Any, figures: Figures, wants: str) -> None:
     ticks = sorted({n for name in _COLOURS for n in figures.steps_with_peak(wants, name)})
     axis.set_xticks(ticks, map(str, ticks))
     axis.minorticks_off()
-    _plain_ticks(axis.yaxis)
+    plain_ticks(axis.yaxis)
     axis.set_title(f"gradients for {wants}: memory", fontsize=10)
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8, frameon=False)
 
 
-def _plain_ticks(axis: Any) -> None:
+def plain_ticks(axis: Any) -> None:
     """1, 2 and 5 of each power of ten, in full: the range is often too short for powers alone."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ..plot import plain_ticks
 from ..targets import Target
 from .reach import TARGET, Reached, cheapest
 
@@ -340,6 +341,7 @@ def _costs(costs: Costs, path: Path) -> None:
                         linewidth=0.8, color=_COLOURS[package], label=" | ".join(split(key)),
                     )  # fmt: skip
             axis.set(xscale="log", yscale="log", xlabel=label, title=f"gradient by {quantity}")
+            plain_ticks(axis.xaxis)
             axis.grid(alpha=0.25)
         row[0].set_ylabel("relative error to the true flow's gradient")
     figure.tight_layout()
