@@ -21,6 +21,7 @@ FLOORS: list[set[str]] = [
     {"schedules", "pictures", "trace"},
     {"conditioning"},
     {"grids", "denoiser", "noises"},
+    {"host"},
     {"forms"},
     {"solvers"},
     {"integrate"},
