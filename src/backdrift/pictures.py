@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 
 
+def to_levels(images: Tensor) -> Tensor:
+    """Pictures in [0, 1] of any shape, clamped and rounded, as uint8 on the CPU."""
+    return (images.detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
 def to_pil(image: Tensor) -> Any:
     """A picture (3, H, W) in [0, 1], clamped and rounded, as a PIL image."""
     from PIL import Image
 
-    levels = (image.detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
+    return Image.fromarray(to_levels(image).permute(1, 2, 0).contiguous().numpy())
 
 
 def side_by_side(images: Tensor, gap: int = 2) -> Tensor:

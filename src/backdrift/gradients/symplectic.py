@@ -46,9 +46,21 @@ class SymplecticAdjoint(GradientMethod):
     def __repr__(self) -> str:
         return f"SymplecticAdjoint(stages={self.stages!r})"
 
+    def check_solver(self, solver: Solver) -> None:
+        """Raise unless the method has a partner for ``solver``.
+
+        Raises:
+            InputError: it is not an explicit Runge–Kutta method.
+        """
+        if not isinstance(solver, RungeKutta):
+            raise InputError(
+                f"SymplecticAdjoint needs an explicit Runge–Kutta method such as Euler(), Heun() or RK4(); {solver!r} "
+                "has no partner of its kind: use gradient=Exact(), which is exact for every solver"
+            )
+
     def run(self, job: Job) -> Iterator[State]:
         for solver in {job.plan.solver, job.plan.solver.aside}:
-            _check(solver)
+            self.check_solver(solver)
         return _SymplecticRun(job, repr(self), self.stages).states()
 
 
@@ -86,10 +98,3 @@ class _SymplecticRun(WayBack):
             total[index : index + 2] += on_ends
         return total
 
-
-def _check(solver: Solver) -> None:
-    if not isinstance(solver, RungeKutta):
-        raise InputError(
-            f"SymplecticAdjoint needs an explicit Runge–Kutta method such as Euler(), Heun() or RK4(); {solver!r} has "
-            "no partner of its kind: use gradient=Exact(), which is exact for every solver"
-        )

@@ -1,0 +1,153 @@
+"""The object that users hold: a rule, a loss, and when they act."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..host import Host
+from ..losses import Loss, resolve
+from ..losses.weighted import WeightedSum
+from .attempt import Attempt, Rule, Scoring, plain
+from .estimate import Estimator
+from .streams import Streams
+from .trace import Entry, GuidanceTrace
+from .travel import renoised
+from .when import When
+
+Losses = str | Callable[..., Tensor] | Mapping[Any, float] | Sequence[tuple[float, Any]]
+
+
+class Guidance:
+    """A rule of guidance with its loss, its steps and its noise; one run at a time.
+
+    Args:
+        rule: the state after a step, from an :class:`~backdrift.guidance.attempt.Attempt`. It may have ``begin()``, called
+            before each run, and ``check(guided, total)``, which raises where it cannot act on the guided steps of a run.
+        loss, start, stop, steps, repeats, maximize, seed, decode, callback, strip: as in
+            :class:`~backdrift.SymplecticAdjointGuidance`.
+        estimator: how clean samples are estimated; in one Euler step, exactly differentiated, unless told otherwise.
+
+    Attributes:
+        trace: what was done in the last run.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        loss: Losses,
+        *,
+        estimator: Estimator | None = None,
+        start: float = 0.3,
+        stop: float = 0.7,
+        steps: Sequence[int] | Sequence[bool] | None = None,
+        repeats: int | Sequence[int] = 1,
+        maximize: bool = False,
+        seed: int | Sequence[int] = 0,
+        decode: Callable[[Tensor], Tensor] | None = None,
+        callback: Callable[[Entry], Any] | None = None,
+        strip: bool | int = False,
+    ) -> None:
+        self.rule, self.loss = rule, _loss(loss)
+        self.when = When.of(start, stop, steps, repeats)
+        self.estimator = estimator or Estimator()
+        for name, value in (("decode", decode), ("callback", callback)):
+            if value is not None and not callable(value):
+                raise InputError(f"{name} must be callable; got {type(value).__name__}")
+        preview = (128 if strip else 0) if isinstance(strip, bool) else int(strip)
+        self.scoring = Scoring(self.loss, maximize, decode, preview)
+        self.seed, self.callback = seed, callback
+        self.trace = GuidanceTrace()
+        self._streams = Streams(seed)
+        self._guided: frozenset[int] = frozenset()
+        self._attempts: list[int] = []
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.loss.spec!r}, {self.rule!r}, {self.when!r})"
+
+    def check(self, total: int) -> None:
+        """Raise what can be known of a run of ``total`` steps before it begins.
+
+        Raises:
+            InputError: a guided step is out of range, or the estimate asks for more steps than are left.
+        """
+        guided = self.when.guided(total)
+        self.when.attempts(total)
+        check = getattr(self.rule, "check", None)
+        if check is not None:
+            check(guided, total)
+
+    def begin(self, total: int) -> None:
+        """A run of ``total`` steps begins: a new trace, the noise from its start.
+
+        Raises:
+            InputError: as :meth:`check`.
+        """
+        self.check(total)
+        self._guided, self._attempts = frozenset(self.when.guided(total)), self.when.attempts(total)
+        self._streams = Streams(self.seed)
+        self.trace = GuidanceTrace(total)
+        begin = getattr(self.rule, "begin", None)
+        if begin is not None:
+            begin()
+
+    def rehearse(self, x0: Tensor, decode: Callable[[Tensor], Tensor], prompts: list[str] | None) -> None:
+        """Score one clean sample, to find out before sampling whether the loss can be used: one decoding.
+
+        Args:
+            x0: any sample of the right shape, (B, …).
+            decode: the host's.
+
+        Raises:
+            InputError: the loss has the wrong shape, or does not depend on the picture.
+        """
+        with torch.enable_grad():
+            leaf = x0[:1].detach().requires_grad_()
+            values = self.loss((self.scoring.decode or decode)(leaf), None if prompts is None else prompts[:1])
+        if not values.requires_grad:
+            raise InputError(
+                f"the loss {self.loss.spec!r} does not depend on the picture in a way that gradients can follow: it "
+                "detaches, rounds, or runs under no_grad"
+            )
+
+    def advance(self, host: Host) -> Tensor:
+        """The state after one step of a host: its own step, guided and repeated where that is asked for."""
+        guided = host.index in self._guided
+        x, following = host.x, host.x
+        for number in range(self._attempts[host.index]):
+            if number:
+                x = renoised(following, host.end, host.start, self._streams.like(following))
+            following = self._attempt(host, x, number, guided)
+        return following
+
+    def _attempt(self, host: Host, x: Tensor, number: int, guided: bool) -> Tensor:
+        begun = time.perf_counter()
+        entry = Entry(host.index, number)
+        attempt = Attempt(host, x, self.estimator, self.scoring, self._streams.like, entry)
+        with torch.no_grad():
+            following = (self.rule if guided else plain)(attempt).detach()
+        entry.seconds = time.perf_counter() - begun
+        if not guided:
+            self.trace.plain_calls += entry.calls.forward
+            return following
+        self.trace.entries.append(entry)
+        if self.callback is not None:
+            self.callback(entry)
+        return following
+
+
+def _loss(loss: Losses) -> Loss:
+    """One loss of all that is taken for losses."""
+    if isinstance(loss, Sequence) and not isinstance(loss, str):
+        terms = []
+        for term in loss:
+            if not (isinstance(term, Sequence) and not isinstance(term, str) and len(term) == 2):
+                raise InputError(f"a list of losses holds pairs (weight, loss); got {term!r}")
+            terms.append((float(term[0]), resolve(term[1])))
+        return WeightedSum(terms)
+    return resolve(loss)

@@ -1,0 +1,50 @@
+"""Random numbers for each sample of a batch, from a stream of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+
+class Streams:
+    """One generator per sample, so that no member of a batch changes what another one draws.
+
+    Args:
+        seed: a whole number, from which sample i's stream is derived with i; or one for each sample, whose streams are
+            then those they would have alone, as sample 0.
+    """
+
+    def __init__(self, seed: int | Sequence[int]) -> None:
+        numbers = [seed] if isinstance(seed, int) else list(seed)
+        if not numbers or any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in numbers):
+            raise InputError(f"seed is a whole number >= 0, or one for each sample; got {seed!r}")
+        self.seed = seed
+        self._generators: list[torch.Generator] = []
+
+    def like(self, x: Tensor) -> Tensor:
+        """The next standard normal numbers of x's shape (B, …), dtype and device.
+
+        Raises:
+            InputError: there are not as many seeds as samples.
+        """
+        if not self._generators:
+            self._generators = [torch.Generator().manual_seed(s) for s in self._seeds(len(x))]
+        if len(self._generators) != len(x):
+            raise InputError(
+                f"the streams were begun for {len(self._generators)} samples; got a batch of {len(x)}"
+            )
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        drawn = [torch.randn(x.shape[1:], generator=g, dtype=dtype) for g in self._generators]
+        return torch.stack(drawn).to(x)
+
+    def _seeds(self, batch: int) -> list[int]:
+        if isinstance(self.seed, int):
+            # Far enough apart that no two (seed, sample) meet, and sample 0's is the seed itself.
+            return [(self.seed + 0x9E3779B97F4A7C15 * i) % 2**63 for i in range(batch)]
+        if len(self.seed) != batch:
+            raise InputError(f"got {len(self.seed)} seeds for {batch} samples; give one, or one for each")
+        return list(self.seed)
