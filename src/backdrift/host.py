@@ -121,6 +121,7 @@ class Host(ABC):
         x: the state at the beginning, (B, …), without a graph.
         start, end: the noise levels, in x's own coordinates.
         prompts: one per sample, where they are known.
+        calls: network calls made for this step so far, by the sampler itself or by the methods below.
     """
 
     index: int
@@ -129,6 +130,7 @@ class Host(ABC):
     start: Level
     end: Level
     prompts: list[str] | None = None
+    calls: int = 0
 
     @abstractmethod
     def evaluate(self, x: Tensor) -> Evaluation:

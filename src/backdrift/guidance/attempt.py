@@ -59,7 +59,6 @@ class Attempt:
     @cached_property
     def evaluation(self) -> Evaluation:
         """What the network says at ``x``, without a graph; the sampler's own call, so made once."""
-        self.entry.calls.forward += 1
         found = self.host.evaluate(self.x)
         self.entry.t = found.t
         return found
@@ -98,7 +97,6 @@ class Attempt:
 
     def look(self, x: Tensor) -> Evaluation:
         """What the network says at another state of the step's beginning; one network call."""
-        self.entry.calls.forward += 1
         return self.host.evaluate(x)
 
     def take(self, evaluation: Evaluation | None = None) -> Tensor:
@@ -119,7 +117,12 @@ class Attempt:
         return rms(x)
 
     def note(
-        self, *, loss: Tensor, strength: Tensor | None = None, pull: Tensor | None = None, n: int | None = None
+        self,
+        *,
+        loss: Tensor,
+        strength: Tensor | None = None,
+        pull: Tensor | None = None,
+        n: int | None = None,
     ) -> None:
         """For the trace: the loss (B,), strengths, the pull (B, …), steps of the estimate."""
         entry = self.entry
@@ -142,5 +145,3 @@ def plain(attempt: Attempt) -> Tensor:
 
 def _numbers(x: Tensor) -> list[float]:
     return [float(v) for v in x.detach().flatten().tolist()]
-
-

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..gradients import Job
 from ..host import Host
 from ..losses import Loss, resolve
 from ..losses.weighted import WeightedSum
@@ -27,8 +28,8 @@ class Guidance:
     """A rule of guidance with its loss, its steps and its noise; one run at a time.
 
     Args:
-        rule: the state after a step, from an :class:`~backdrift.guidance.attempt.Attempt`. It may have ``begin()``, called
-            before each run, and ``check(guided, total)``, which raises where it cannot act on the guided steps of a run.
+        rule: the state after a step, from an :class:`~backdrift.guidance.attempt.Attempt`. It may have ``begin()``,
+            called before each run, and ``check(guided, total)``, which raises where it cannot act on a run's guided steps.
         loss, start, stop, steps, repeats, maximize, seed, decode, callback, strip: as in
             :class:`~backdrift.SymplecticAdjointGuidance`.
         estimator: how clean samples are estimated; in one Euler step, exactly differentiated, unless told otherwise.
@@ -82,13 +83,14 @@ class Guidance:
         if check is not None:
             check(guided, total)
 
-    def begin(self, total: int) -> None:
-        """A run of ``total`` steps begins: a new trace, the noise from its start.
+    def begin(self, total: int, batch: int) -> None:
+        """A run of ``total`` steps on ``batch`` samples begins: a new trace, the noise from its start.
 
         Raises:
-            InputError: as :meth:`check`.
+            InputError: as :meth:`check`, or there are not as many seeds as samples.
         """
         self.check(total)
+        Streams(self.seed).check(batch)
         self._guided, self._attempts = frozenset(self.when.guided(total)), self.when.attempts(total)
         self._streams = Streams(self.seed)
         self.trace = GuidanceTrace(total)
@@ -97,7 +99,7 @@ class Guidance:
             begin()
 
     def rehearse(self, x0: Tensor, decode: Callable[[Tensor], Tensor], prompts: list[str] | None) -> None:
-        """Score one clean sample, to find out before sampling whether the loss can be used: one decoding.
+        """Score a clean sample or two, to find out before sampling whether the loss can be used: one decoding.
 
         Args:
             x0: any sample of the right shape, (B, …).
@@ -107,13 +109,21 @@ class Guidance:
             InputError: the loss has the wrong shape, or does not depend on the picture.
         """
         with torch.enable_grad():
-            leaf = x0[:1].detach().requires_grad_()
-            values = self.loss((self.scoring.decode or decode)(leaf), None if prompts is None else prompts[:1])
+            leaf = x0[:2].detach().requires_grad_()  # of one alone a mean over the batch would go unseen
+            values = self.loss(
+                (self.scoring.decode or decode)(leaf), None if prompts is None else prompts[:2]
+            )
         if not values.requires_grad:
             raise InputError(
                 f"the loss {self.loss.spec!r} does not depend on the picture in a way that gradients can follow: it "
                 "detaches, rounds, or runs under no_grad"
             )
+
+    def states(self, job: Job) -> Iterator[Tensor]:
+        """The states of a guided run of :func:`backdrift.sample`, after the first."""
+        from .sampled import states  # knows this class
+
+        return states(job, self)
 
     def advance(self, host: Host) -> Tensor:
         """The state after one step of a host: its own step, guided and repeated where that is asked for."""
@@ -126,11 +136,12 @@ class Guidance:
         return following
 
     def _attempt(self, host: Host, x: Tensor, number: int, guided: bool) -> Tensor:
-        begun = time.perf_counter()
+        begun, before = time.perf_counter(), host.calls if number else 0
         entry = Entry(host.index, number)
         attempt = Attempt(host, x, self.estimator, self.scoring, self._streams.like, entry)
         with torch.no_grad():
             following = (self.rule if guided else plain)(attempt).detach()
+        entry.calls.forward += host.calls - before
         entry.seconds = time.perf_counter() - begun
         if not guided:
             self.trace.plain_calls += entry.calls.forward

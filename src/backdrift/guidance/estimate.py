@@ -98,7 +98,9 @@ class Estimator:
                 f"AdamsBashforth(2); got {self.solver!r}"
             )
         if not isinstance(self.gradient, GradientMethod):
-            raise InputError(f"gradient must be a gradient method such as SymplecticAdjoint(); got {self.gradient!r}")
+            raise InputError(
+                f"gradient must be a gradient method such as SymplecticAdjoint(); got {self.gradient!r}"
+            )
         if isinstance(self.gradient, SymplecticAdjoint):
             self.gradient.check_solver(self.solver)
 
@@ -131,13 +133,11 @@ class Estimator:
     ) -> tuple[Solution, float]:
         model, cond, scale, times = host.continuation(evaluation)
         # Methods that go call by call need the first call's graph, so it is made again for them.
-        whole = not torch.is_grad_enabled() and not z.requires_grad or not self.gradient.by_calls
+        whole = not z.requires_grad or not self.gradient.by_calls
         told = Told.of(model, evaluation) if whole else model
         nodes = subgrid(self.subgrid, n, times, model.schedule)
         with torch.set_grad_enabled(z.requires_grad):
-            solution = sample(
-                told, z, cond, solver=self.solver, grid=TimeGrid(nodes), gradient=self.gradient
-            )
+            solution = sample(told, z, cond, solver=self.solver, grid=TimeGrid(nodes), gradient=self.gradient)
         calls.forward += solution.stats.calls_forward - (told.answered if isinstance(told, Told) else 0)
         return solution, scale
 

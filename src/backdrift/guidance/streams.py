@@ -25,6 +25,14 @@ class Streams:
         self.seed = seed
         self._generators: list[torch.Generator] = []
 
+    def check(self, batch: int) -> None:
+        """Raise unless the seeds are for that many samples.
+
+        Raises:
+            InputError: they are for another number.
+        """
+        self._seeds(batch)
+
     def like(self, x: Tensor) -> Tensor:
         """The next standard normal numbers of x's shape (B, …), dtype and device.
 

@@ -1,8 +1,8 @@
 """How far a gradient pulls: the number eta, one for each sample, in x' <- x' - eta * dL/dx.
 
-States are compared in *unit coordinates* u = x / sqrt(alpha² + sigma²), in which every schedule has states of about unit
-variance (for variance-preserving ones u = x). Guidance is then the same whichever coordinates a scheduler keeps: the
-same network under DDIM, under Euler's method on x0 + sigma eps, or written as a flow makes the same guided picture.
+States are compared in *unit coordinates* u = x / sqrt(alpha² + sigma²), in which every schedule has states of about
+unit variance (for variance-preserving ones u = x). Guidance is then the same whichever coordinates a scheduler keeps:
+the same network under DDIM, under Euler's method on x0 + sigma eps, or written as a flow makes the same guided picture.
 """
 
 from __future__ import annotations
@@ -105,7 +105,11 @@ def strength_of(value: float | Strength) -> Strength:
 
 
 def _check(value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (value > 0 and math.isfinite(value)):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not (value > 0 and math.isfinite(value))
+    ):
         raise InputError(
             f"a strength is a positive number, Constant(...) or Relative(...); got {value!r} (to maximise a loss use "
             "maximize=True, to switch guidance off leave it out)"

@@ -52,7 +52,7 @@ def subgrid(rule: Subgrid, n: int, times: Sequence[float], schedule: Schedule) -
     start, calls = times[0], times[:-1] if len(times) > 1 else times
     if start == schedule.t_clean:
         raise InputError(f"an estimate from t = {start:g}, the clean end, has nothing to estimate")
-    if n == 1 or len(calls) == 1 and rule != "uniform":
+    if n == 1 or (len(calls) == 1 and rule != "uniform"):
         nodes = [start]
     elif rule == "paper":
         at = torch.linspace(0, len(calls) - 1, n, dtype=torch.float64).long().tolist()

@@ -36,8 +36,8 @@ class Adaptive:
     """As many steps as the estimate needs: n for which n and n + 1 steps agree.
 
     Euler's error falls like 1/n, so estimates with n and n + 1 steps differ by about C/(n (n + 1)). C is measured at
-    each guided step, by a second estimate without a gradient (n network calls more, its first being known), and the next
-    step takes the least n with C/(n (n + 1)) <= tolerance. C falls with the noise: n is large early, and 1 at the end.
+    each guided step, by a second estimate without a gradient (n network calls more, its first being known), and the
+    next step takes the least n with C/(n (n + 1)) <= tolerance. C falls with the noise: n is large early, 1 at the end.
 
     Args:
         tolerance: root mean square of the difference, relative to the estimate's; every sample's must be below.
@@ -130,8 +130,8 @@ class SymplecticAdjointGuidance(Guidance):
             :class:`~backdrift.losses.Loss`, a mapping to weights, or a list of (weight, loss).
         n: steps of the estimate. 1 is FreeDoM; the paper's 4 or 5; a list with one number for each step of the run;
             ``"adaptive"`` or an :class:`Adaptive`.
-        start, stop: step i of N is guided where ``start <= i/N < stop``; the paper's 0.3 to 0.7 (of 100 steps those from
-            70 to 31, counted down).
+        start, stop: step i of N is guided where ``start <= i/N < stop``; the paper's 0.3 to 0.7 (of 100 steps those
+            from 70 to 31, counted down).
         strength: w of eta = w * s * RMS(eps_c - eps_0)/RMS(g), per sample (the paper's 0.2), or a
             :class:`~backdrift.guidance.Constant` or :class:`~backdrift.guidance.Relative`.
         steps: numbers of the guided steps, or a mask, instead of ``start`` and ``stop``.
@@ -177,9 +177,7 @@ class SymplecticAdjointGuidance(Guidance):
         super().__init__(
             Pull(_steps(n), strength_of(strength)),
             loss,
-            estimator=Estimator(
-                check_subgrid(subgrid), solver or Euler(), gradient or SymplecticAdjoint()
-            ),
+            estimator=Estimator(check_subgrid(subgrid), solver or Euler(), gradient or SymplecticAdjoint()),
             start=start,
             stop=stop,
             steps=steps,

@@ -30,7 +30,7 @@ def renoised(x: Tensor, at: Level, to: Level, noise: Tensor) -> Tensor:
     Raises:
         InputError: ``to`` is not noisier.
     """
-    ratio = to.alpha / at.alpha
+    ratio = to.alpha / at.alpha if at.alpha else math.inf
     spread = to.sigma**2 - (ratio * at.sigma) ** 2
     if spread < -1e-9 * max(1.0, to.sigma**2):
         raise InputError(f"time travel goes to noisier levels; {to} is cleaner than {at}")

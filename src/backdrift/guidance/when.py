@@ -16,7 +16,7 @@ class When:
     Args:
         start, stop: fractions of the run: step i of N is guided where ``start <= i / N < stop``.
         steps: instead of them, the numbers of the guided steps (from 0), or a mask with one truth value per step.
-        repeats: attempts at each guided step (1: no time travel), or one number for each step of the run, guided or not.
+        repeats: attempts at each guided step (1: no time travel), or a number for each step of the run, guided or not.
 
     Raises:
         InputError: an impossible value.
@@ -36,14 +36,22 @@ class When:
         if self.steps is not None and not self.is_mask:
             bad = [i for i in self.steps if isinstance(i, bool) or not isinstance(i, int) or i < 0]
             if bad or not self.steps:
-                raise InputError(f"steps are numbers from 0 on, or one truth value per step; got {self.steps!r}")
+                raise InputError(
+                    f"steps are numbers from 0 on, or one truth value per step; got {self.steps!r}"
+                )
         counts = [self.repeats] if isinstance(self.repeats, int) else list(self.repeats)
         if not counts or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in counts):
-            raise InputError(f"repeats are whole numbers >= 1, one or one for each step; got {self.repeats!r}")
+            raise InputError(
+                f"repeats are whole numbers >= 1, one or one for each step; got {self.repeats!r}"
+            )
 
     @classmethod
     def of(
-        cls, start: float, stop: float, steps: Sequence[int] | Sequence[bool] | None, repeats: int | Sequence[int]
+        cls,
+        start: float,
+        stop: float,
+        steps: Sequence[int] | Sequence[bool] | None,
+        repeats: int | Sequence[int],
     ) -> When:
         """The same from lists."""
         return cls(
@@ -69,8 +77,8 @@ class When:
             if not found:
                 low = math.ceil(self.start * total)
                 raise InputError(
-                    f"no step of {total} lies between {self.start:g} and {self.stop:g} of the run (step {low} begins at "
-                    f"{low / total:g}): widen start and stop, or take more steps"
+                    f"no step of {total} lies between {self.start:g} and {self.stop:g} of the run (step {low} begins "
+                    f"at {low / total:g}): widen start and stop, or take more steps"
                 )
             return found
         if self.is_mask:
@@ -95,5 +103,7 @@ class When:
             guided = set(self.guided(total))
             return [self.repeats if i in guided else 1 for i in range(total)]
         if len(self.repeats) != total:
-            raise InputError(f"repeats has {len(self.repeats)} numbers for a run of {total} steps; give one, or {total}")
+            raise InputError(
+                f"repeats has {len(self.repeats)} numbers for a run of {total} steps; give one, or {total}"
+            )
         return list(self.repeats)
