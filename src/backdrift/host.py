@@ -12,6 +12,7 @@ that reads it; ``x0`` and ``eps`` are the same in both.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -122,6 +123,7 @@ class Host(ABC):
         start, end: the noise levels, in x's own coordinates.
         prompts: one per sample, where they are known.
         calls: network calls made for this step so far, by the sampler itself or by the methods below.
+        levels: start and end of every step of the run, where they are known, in x's own coordinates.
     """
 
     index: int
@@ -131,6 +133,7 @@ class Host(ABC):
     end: Level
     prompts: list[str] | None = None
     calls: int = 0
+    levels: Sequence[tuple[Level, Level]] | None = None
 
     @abstractmethod
     def evaluate(self, x: Tensor) -> Evaluation:

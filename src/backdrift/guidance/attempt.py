@@ -27,12 +27,14 @@ class Scoring(NamedTuple):
         maximize: whether it is to rise.
         decode: clean samples -> pictures, in place of the host's own.
         preview: the longest side of the pictures kept for the trace; 0 for none.
+        prompts: for the loss, one per sample or one for all, where the host knows none.
     """
 
     loss: Loss
     maximize: bool = False
     decode: Callable[[Tensor], Tensor] | None = None
     preview: int = 0
+    prompts: list[str] | None = None
 
 
 @dataclass
@@ -69,7 +71,7 @@ class Attempt:
         with torch.enable_grad():
             leaf = x0.detach().requires_grad_()
             pictures = (self.scoring.decode or self.host.decode)(leaf)
-            values = self.scoring.loss(pictures, self.host.prompts)
+            values = self.scoring.loss(pictures, self.host.prompts or self.scoring.prompts)
             if not values.requires_grad:
                 raise InputError(
                     f"the loss {self.scoring.loss.spec!r} does not depend on the picture in a way that gradients can "

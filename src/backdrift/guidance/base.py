@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from .trace import Entry, GuidanceTrace
 from .travel import renoised
 from .when import When
 
+if TYPE_CHECKING:
+    from .listening import Listener
+
 Losses = str | Callable[..., Tensor] | Mapping[Any, float] | Sequence[tuple[float, Any]]
 
 
@@ -29,8 +33,8 @@ class Guidance:
 
     Args:
         rule: the state after a step, from an :class:`~backdrift.guidance.attempt.Attempt`. It may have ``begin()``,
-            called before each run, and ``check(guided, total)``, which raises where it cannot act on a run's guided steps.
-        loss, start, stop, steps, repeats, maximize, seed, decode, callback, strip: as in
+            called before each run, and ``check(guided, total)``, which raises where it cannot act on guided steps.
+        loss, start, stop, steps, repeats, maximize, seed, decode, callback, strip, prompts: as in
             :class:`~backdrift.SymplecticAdjointGuidance`.
         estimator: how clean samples are estimated; in one Euler step, exactly differentiated, unless told otherwise.
 
@@ -53,6 +57,7 @@ class Guidance:
         decode: Callable[[Tensor], Tensor] | None = None,
         callback: Callable[[Entry], Any] | None = None,
         strip: bool | int = False,
+        prompts: Sequence[str] | None = None,
     ) -> None:
         self.rule, self.loss = rule, _loss(loss)
         self.when = When.of(start, stop, steps, repeats)
@@ -61,9 +66,12 @@ class Guidance:
             if value is not None and not callable(value):
                 raise InputError(f"{name} must be callable; got {type(value).__name__}")
         preview = (128 if strip else 0) if isinstance(strip, bool) else int(strip)
-        self.scoring = Scoring(self.loss, maximize, decode, preview)
+        self.scoring = Scoring(
+            self.loss, maximize, decode, preview, None if prompts is None else list(prompts)
+        )
         self.seed, self.callback = seed, callback
         self.trace = GuidanceTrace()
+        self.listener: Listener | None = None
         self._streams = Streams(seed)
         self._guided: frozenset[int] = frozenset()
         self._attempts: list[int] = []
@@ -110,14 +118,41 @@ class Guidance:
         """
         with torch.enable_grad():
             leaf = x0[:2].detach().requires_grad_()  # of one alone a mean over the batch would go unseen
-            values = self.loss(
-                (self.scoring.decode or decode)(leaf), None if prompts is None else prompts[:2]
-            )
+            prompts = prompts or self.scoring.prompts
+            pictures = (self.scoring.decode or decode)(leaf)
+            values = self.loss(pictures, None if prompts is None else prompts[: len(leaf)])
         if not values.requires_grad:
             raise InputError(
                 f"the loss {self.loss.spec!r} does not depend on the picture in a way that gradients can follow: it "
                 "detaches, rounds, or runs under no_grad"
             )
+
+    def __call__(
+        self, pipe: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """A pipeline's ``callback_on_step_end``: ``pipe(prompt, callback_on_step_end=guidance)``.
+
+        The pipeline's first step cannot be guided so, and what is wrong is found out after it; inside
+        :meth:`listening` and with :func:`backdrift.guide` neither holds.
+
+        Raises:
+            InputError: the guidance does not fit the run.
+            UnsupportedError: the pipeline's steps cannot be taken again.
+        """
+        from .listening import called_back  # knows this class
+
+        return called_back(self, pipe, step, callback_kwargs)
+
+    def listening(self, pipe: Any) -> AbstractContextManager[Guidance]:
+        """A block in which one call of ``pipe`` with this callback is heard, and may be guided, from its first step
+        on."""
+        from .listening import listening  # knows this class
+
+        return listening(self, pipe)
+
+    def acts(self, index: int) -> bool:
+        """Whether a step of the present run is anything else than the sampler's own."""
+        return index in self._guided or self._attempts[index] > 1
 
     def states(self, job: Job) -> Iterator[Tensor]:
         """The states of a guided run of :func:`backdrift.sample`, after the first."""

@@ -157,7 +157,7 @@ class Told(Denoiser):
         """``model``, which has said ``evaluation``."""
         told: Told = object.__new__(cls)
         told.__dict__ |= model.__dict__
-        told._known, told.answered = evaluation, 0
+        told._known, told.answered, told.nfe = evaluation, 0, 0
         return told
 
     def run(self, x: Tensor, t: Scalar, branch: Branch) -> Tensor:

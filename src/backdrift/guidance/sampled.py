@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -34,10 +35,8 @@ class SampledStep(Host):
 
     def __init__(self, run: _Run, index: int, x: Tensor) -> None:
         self.run, self.index, self.total, self.x = run, index, len(run.plan.intervals), x
-        schedule, times = run.plan.schedule, run.plan.times
-        self.start, self.end = (
-            Level(float(schedule.alpha(t)), float(schedule.sigma(t))) for t in times[index : index + 2]
-        )
+        self.levels = run.levels
+        self.start, self.end = run.levels[index]
         self._before = copy.deepcopy(run.steppers)
         self._known: Evaluation | None = None
 
@@ -90,6 +89,13 @@ class _Run:
         }
         noise = self.plan.noise
         self.draw = None if noise is None else noise.path(self.plan.schedule, self.plan.times, job.x)
+
+    @cached_property
+    def levels(self) -> tuple[tuple[Level, Level], ...]:
+        """Of each interval."""
+        schedule = self.plan.schedule
+        found = [Level(float(schedule.alpha(t)), float(schedule.sigma(t))) for t in self.plan.times]
+        return tuple(itertools.pairwise(found))
 
     @cached_property
     def onwards(self) -> tuple[Denoiser, Any]:

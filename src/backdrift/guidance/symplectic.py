@@ -146,6 +146,7 @@ class SymplecticAdjointGuidance(Guidance):
         decode: clean samples -> pictures, in place of the pipeline's own decoder; needed by ``bd.sample`` where the
             samples are not pictures already.
         callback: called after each attempt with its :class:`~backdrift.guidance.trace.Entry`.
+        prompts: for losses that compare with a text: one per sample, or one for all. ``bd.guide`` knows them.
         strip: keep the estimates' pictures in the trace, at most so many pixels high and wide (True: 128).
 
     Attributes:
@@ -173,6 +174,7 @@ class SymplecticAdjointGuidance(Guidance):
         decode: Callable[[Tensor], Tensor] | None = None,
         callback: Callable[[Any], Any] | None = None,
         strip: bool | int = False,
+        prompts: Sequence[str] | None = None,
     ) -> None:
         super().__init__(
             Pull(_steps(n), strength_of(strength)),
@@ -187,6 +189,7 @@ class SymplecticAdjointGuidance(Guidance):
             decode=decode,
             callback=callback,
             strip=strip,
+            prompts=prompts,
         )
 
 
