@@ -1,0 +1,142 @@
+"""Clean latents → pictures in [0, 1], by the pipeline's own decoder, differentiable and not clamped.
+
+What lies between latents and decoder is the pipeline's: division by the scaling factor, shift or per-channel mean and
+standard deviation (where its code says so), packing into tokens. A pipeline for which that is not known is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, UnsupportedError
+from .modular import is_modular
+from .recorded import Recorded
+from .refusals import image_processors, plain_class, reached
+from .shadow import shadow, unwrapped
+from .twins import names
+
+__all__ = ["Decoder"]
+
+_KNOWN = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
+
+
+class Decoder:
+    """A pipeline's decoder on frozen copies of its networks.
+
+    Args:
+        pipe: the pipeline; it is not changed.
+        decode: takes the decoder's place: clean latents, as the pipeline's scheduler steps them, to pictures
+            (B, 3, H, W) in [0, 1].
+    """
+
+    def __init__(self, pipe: Any, decode: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._pipe, self._given = pipe, decode
+        self._frozen: nn.Module | None = None
+
+    def forget(self) -> None:
+        """Look at the pipeline's decoder again: a new run may have other weights."""
+        self._frozen = None
+
+    def of(self, calls: Sequence[Recorded]) -> Callable[[Tensor], Tensor]:
+        """``decode(x0)`` for the latents of a step with these calls (packed ones say their size there)."""
+        return partial(self._decode, calls)
+
+    def _decode(self, calls: Sequence[Recorded], x0: Tensor) -> Tensor:
+        if self._given is not None:
+            pictures = self._given(x0)
+        elif not any(hasattr(value, "decode") for value in _networks(self._pipe)):
+            pictures = self._pixels(x0)
+        else:
+            pictures = self._decoded(self._unpacked(calls, x0))
+        if not isinstance(pictures, Tensor) or pictures.ndim != 4 or pictures.shape[:2] != (len(x0), 3):
+            shown = tuple(pictures.shape) if isinstance(pictures, Tensor) else type(pictures).__name__
+            raise InputError(f"decoding {tuple(x0.shape)} gives pictures ({len(x0)}, 3, H, W); got {shown}")
+        return pictures
+
+    def _pixels(self, x0: Tensor) -> Tensor:
+        """Of pipelines that have no autoencoder: [-1, 1] to [0, 1]."""
+        if x0.ndim != 4 or x0.shape[1] != 3:
+            raise self._unknown(f"has no decoder, and its state {tuple(x0.shape)} is no picture (B, 3, H, W)")
+        return x0 / 2 + 0.5
+
+    def _unpacked(self, calls: Sequence[Recorded], x0: Tensor) -> Tensor:
+        """Latents (B, channels, h, w) of tokens (B, h w / 4, 4 channels)."""
+        if x0.ndim == 4:
+            return x0
+        pipe = self._pipe
+        if x0.ndim != 3 or not hasattr(pipe, "_unpack_latents"):
+            raise self._unknown(
+                f"steps {tuple(x0.shape)}, whose way to pictures is not known (video, sound, tokens)"
+            )
+        ids = next((c.kwargs["img_ids"] for c in calls if isinstance(c.kwargs.get("img_ids"), Tensor)), None)
+        if ids is None or ids.shape[-1] != 3:
+            raise self._unknown("packs its latents and does not tell its network their places as img_ids")
+        ids = ids.reshape(-1, 3)
+        own = ids[ids[:, 0] == 0]  # others are a reference picture's
+        rows, columns = (int(own[:, d].max()) + 1 for d in (1, 2))
+        if rows * columns != x0.shape[1]:
+            raise self._unknown(f"has {x0.shape[1]} tokens at {rows} x {columns} places")
+        unit = 2 * pipe.vae_scale_factor
+        return pipe._unpack_latents(x0, rows * unit, columns * unit, pipe.vae_scale_factor)  # type: ignore[no-any-return]
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        vae = self._vae(latents.device)
+        config: Any = vae.config
+        said = _said(self._pipe)
+        given = latents.to(next(vae.parameters()).dtype)
+        scaling = getattr(config, "scaling_factor", None) or 1.0
+        mean, std = (getattr(config, f"latents_{name}", None) for name in ("mean", "std"))
+        if "latents_mean" in said and mean is not None and std is not None:
+            mean, std = (torch.tensor(v).view(1, -1, 1, 1).to(given) for v in (mean, std))
+            given = given * std / scaling + mean
+        else:
+            given = given / scaling
+            if "shift_factor" in said and getattr(config, "shift_factor", None) is not None:
+                given = given + config.shift_factor
+        pictures = vae.decode(given, return_dict=False)[0]  # type: ignore[operator]
+        return pictures.to(latents.dtype) / 2 + 0.5
+
+    def _vae(self, device: torch.device) -> nn.Module:
+        """The frozen copy of the autoencoder, on the latents' device."""
+        if self._frozen is not None:
+            return self._frozen
+        pipe = self._pipe
+        vae = getattr(pipe, "vae", None)
+        cls = type(unwrapped(vae)).__name__ if isinstance(vae, nn.Module) else "another decoder than vae"
+        if cls not in _KNOWN or is_modular(plain_class(type(pipe))):
+            raise self._unknown(f"has {cls}; known are {', '.join(_KNOWN)} in an ordinary pipeline")
+        processor = image_processors(pipe).get("image_processor")
+        if processor is not None and not processor.config.get("do_normalize", True):
+            raise self._unknown("has an image processor without do_normalize")
+        frozen = shadow(unwrapped(vae), set())
+        weight = next(frozen.parameters())
+        if (
+            weight.dtype == torch.float16
+            and frozen.config.get("force_upcast")
+            and "force_upcast" in _said(pipe)
+        ):  # type: ignore[operator, union-attr]
+            frozen = frozen.float()
+        if weight.device != device:  # waits on the CPU
+            frozen = frozen.to(device)
+        self._frozen = frozen
+        return frozen
+
+    def _unknown(self, what: str) -> UnsupportedError:
+        return UnsupportedError(
+            f"{type(self._pipe).__name__} {what}: pass decode=, a function from its clean latents to pictures "
+            "(B, 3, H, W) in [0, 1], not clamped"
+        )
+
+
+def _networks(pipe: Any) -> list[nn.Module]:
+    return [value for value in vars(pipe).values() if isinstance(value, nn.Module)]
+
+
+def _said(pipe: Any) -> set[str]:
+    """What the code of a pipeline's call mentions."""
+    return {name for _, code in reached(plain_class(type(pipe))) for name in names(code)}

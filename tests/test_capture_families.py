@@ -1,0 +1,276 @@
+"""Families of pipelines as hosts: what each gives its networks and does with their outputs, and how it decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import backdrift as bd
+from backdrift.errors import InputError, UnsupportedError
+from backdrift.pipelines.capture import Capture
+from backdrift.pipelines.captured import CapturedHost
+from backdrift.pipelines.decoding import Decoder
+from tiny_families import tiny_animatediff, tiny_pixart, tiny_pixels, tiny_sana, tiny_wan
+from tiny_pipelines import (
+    PICTURE,
+    TOKENS,
+    WIDTH,
+    embeds_for,
+    noise_for,
+    tiny_controlnet,
+    tiny_flux,
+    tiny_sd,
+    tiny_sd3,
+    tiny_sd_img2img,
+    tiny_sdxl,
+)
+
+N = 3
+SIZE = {"height": PICTURE, "width": PICTURE}
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seeded(**more: Any) -> dict[str, Any]:
+    return {"generator": torch.Generator().manual_seed(0), "num_inference_steps": N, **more}
+
+
+def tiny_inpainting(channels: int) -> Any:
+    """A StableDiffusionInpaintPipeline whose UNet takes the mask and the masked picture (9), or not (4)."""
+    from diffusers import StableDiffusionInpaintPipeline
+
+    parts = tiny_sd(in_channels=channels).components
+    parts = {k: v for k, v in parts.items() if k != "image_encoder"}
+    pipe = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def picture() -> Tensor:
+    return torch.rand(1, 3, PICTURE, PICTURE, generator=torch.Generator().manual_seed(1))
+
+
+def mask() -> Tensor:
+    return (torch.arange(PICTURE) < PICTURE // 2).float().expand(1, 1, PICTURE, PICTURE)
+
+
+def tokens(*shape: int) -> dict[str, Any]:
+    pair = {"prompt_embeds": normal(*shape, seed=1), "negative_prompt_embeds": normal(*shape, seed=2)}
+    masks = {f"{kind}prompt_attention_mask": torch.ones(1, TOKENS) for kind in ("", "negative_")}
+    return {**pair, **masks, "negative_prompt": None, "use_resolution_binning": False}
+
+
+def text(pipe: Any) -> dict[str, Any]:
+    return {**embeds_for(pipe), "latents": noise_for(pipe), **SIZE, "guidance_scale": 3.0}
+
+
+Case = tuple[Callable[[], Any], Callable[[Any], dict[str, Any]]]
+CASES: dict[str, Case] = {
+    "sd": (tiny_sd, text),
+    "sdxl": (tiny_sdxl, text),
+    "sd3": (tiny_sd3, text),
+    "flux": (tiny_flux, text),
+    "flux, true guidance": (
+        tiny_flux,
+        lambda pipe: {
+            **text(pipe),
+            "true_cfg_scale": 2.0,
+            "negative_prompt_embeds": normal(1, TOKENS, WIDTH, seed=4),
+            "negative_pooled_prompt_embeds": normal(1, WIDTH, seed=5),
+        },
+    ),
+    "pixart": (
+        tiny_pixart,
+        lambda pipe: {**tokens(1, TOKENS, WIDTH), **SIZE, "latents": noise_for(pipe), "guidance_scale": 3.0},
+    ),
+    "sana": (
+        tiny_sana,
+        lambda pipe: {**tokens(1, TOKENS, WIDTH), "height": 32, "width": 32, "latents": normal(1, 4, 16, 16)},
+    ),
+    "controlnet": (tiny_controlnet, lambda pipe: {**text(pipe), "image": picture()}),
+    "inpainting, 9 channels": (
+        lambda: tiny_inpainting(9),
+        lambda pipe: {**text(pipe), "image": picture(), "mask_image": mask()},
+    ),
+    "inpainting, 4 channels": (
+        lambda: tiny_inpainting(4),
+        lambda pipe: {**text(pipe), "image": picture(), "mask_image": mask()},
+    ),
+    "img2img": (tiny_sd_img2img, lambda pipe: {**embeds_for(pipe), "image": picture(), "strength": 0.7}),
+    "pixels": (tiny_pixels, lambda pipe: {}),
+}
+
+
+def prepared(name: str) -> tuple[Any, dict[str, Any]]:
+    build, arguments = CASES[name]
+    pipe = build()
+    return pipe, arguments(pipe)
+
+
+def latents_of(pipe: Any, arguments: dict[str, Any], take: Any = None) -> Tensor:
+    kind = {} if type(pipe).__name__ == "DDPMPipeline" else {"output_type": "latent"}
+    if not kind:
+        kind = {"output_type": "np"}
+    if take is None:
+        return torch.as_tensor(pipe(**seeded(**arguments, **kind)).images)
+    with Capture(pipe, take):
+        return torch.as_tensor(pipe(**seeded(**arguments, **kind)).images)
+
+
+def plain(host: CapturedHost) -> Tensor:
+    return host.step(host.x, host.evaluate(host.x))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_a_host_says_elsewhere_is_what_the_pipeline_does_there(name: str) -> None:
+    """The plain run is the pipeline's own; and from a state that is changed, evaluate() knows what the loop will do."""
+    pipe, arguments = prepared(name)
+    found: list[CapturedHost] = []
+
+    def keep(host: CapturedHost) -> Tensor:
+        found.append(host)
+        return plain(host)
+
+    expected = latents_of(pipe, arguments)
+    assert torch.equal(latents_of(pipe, arguments, keep), expected)
+    steps = len(found)
+    away = 0.1 * normal(*found[1].x.shape, seed=9)
+
+    def moved(host: CapturedHost) -> Tensor:
+        found.append(host)
+        return plain(host) + (away if host.index == 0 else 0)
+
+    latents_of(pipe, arguments, moved)
+    before, after = found[1], found[steps + 1]
+    shift = after.x - before.x
+    assert float(shift.abs().max()) > 0.05
+    if name != "inpainting, 4 channels":  # puts the known part back
+        torch.testing.assert_close(shift, away, rtol=0, atol=1e-5)
+    said, done = before.evaluate(after.x), after.evaluate(after.x)
+    torch.testing.assert_close(said.output, done.output, rtol=1e-4, atol=1e-5)
+    assert float((said.output - before.evaluate(before.x).output).abs().max()) > 1e-3
+    if done.more is not None:
+        assert said.more is not None
+        torch.testing.assert_close(said.more, done.more, rtol=1e-4, atol=1e-5)
+    guided = name not in ("flux", "pixels")
+    assert (done.more is not None) == guided
+    # The continuation from there: its first call made by the network, at the time unrounded.
+    model, cond, scale, times = before.continuation(before.evaluate(before.x))
+    fresh = model.output(scale * after.x, times[0], cond)
+    rounded = 0.1 if name == "sana" else 1e-3  # its scheduler makes whole numbers of 1000 sigma
+    torch.testing.assert_close(fresh, done.output, rtol=rounded, atol=rounded)
+    # Its gradient is the network's: a directional difference in float32 is good to some digits.
+    z = (scale * after.x).requires_grad_()
+    weight, step = normal(*z.shape, seed=6), 1e-2 * normal(*z.shape, seed=7)
+    (slope,) = torch.autograd.grad((weight * model.output(z, times[0], cond)).sum(), z)
+    with torch.no_grad():
+        up, down = (model.output(z + s * step, times[0], cond) for s in (1, -1))
+    difference = float((weight.double() * (up.double() - down)).sum() / 2)
+    assert float((slope * step).sum()) == pytest.approx(difference, rel=2e-2, abs=2e-4)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "pixart", "sana", "inpainting, 9 channels"])
+def test_decoding_is_the_pipelines_own(name: str) -> None:
+    pipe, arguments = prepared(name)
+    if name == "sdxl":
+        pipe.vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.8, 0.9, 1.0, 1.1])
+    pipe.vae.register_to_config(scaling_factor=0.4)
+    with torch.no_grad():
+        pictures = bd.differentiable(pipe)(**seeded(**arguments)).images
+    with Capture(pipe) as capture:
+        latents = pipe(**seeded(**arguments, output_type="latent")).images
+    assert capture.last is not None
+    decoded = capture.last.decode(latents.requires_grad_())
+    torch.testing.assert_close(decoded, pictures, rtol=0, atol=1e-5)
+    (slope,) = torch.autograd.grad(decoded.square().sum(), latents)
+    assert bool(slope.isfinite().all())
+    assert float(slope.abs().max()) > 0
+    assert all(p.grad is None for p in pipe.vae.parameters())
+    given = Capture(pipe, decode=lambda x: x[:, :2])
+    with given:
+        pipe(**seeded(**arguments, output_type="latent"))
+    assert given.last is not None
+    with pytest.raises(InputError, match="decoding"):
+        given.last.decode(latents)
+
+
+def test_pixels_need_no_decoder_and_video_no_guess() -> None:
+    x = normal(2, 3, 8, 8)
+    assert torch.equal(Decoder(tiny_pixels()).of([])(x), x / 2 + 0.5)
+    with pytest.raises(UnsupportedError, match="decode="):
+        Decoder(tiny_animatediff()).of([])(normal(1, 4, 2, 8, 8))
+    with pytest.raises(UnsupportedError, match="AutoencoderKLWan"):
+        Decoder(tiny_wan()).of([])(normal(1, 4, 8, 8))
+
+
+def test_a_half_precision_autoencoder_that_overflows_is_upcast() -> None:
+    pipe = tiny_sdxl()
+    latents = normal(1, 4, 8, 8)
+    pipe.vae.half()
+    pipe.vae.register_to_config(force_upcast=True)
+    decoded = Decoder(pipe).of([])(latents)
+    assert pipe.vae.dtype == torch.float16
+    expected = pipe.vae.float().decode(latents / pipe.vae.config.scaling_factor).sample / 2 + 0.5
+    torch.testing.assert_close(decoded, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("build", [tiny_sd, tiny_sd3])
+def test_half_precision_keeps_the_pipelines_bits_and_the_state_in_float32(build: Any) -> None:
+    pipe = build().to(torch.bfloat16)
+    arguments = {k: v.bfloat16() if isinstance(v, Tensor) else v for k, v in text(pipe).items()}
+    expected = latents_of(pipe, arguments)
+    found: list[CapturedHost] = []
+
+    def take(host: CapturedHost) -> Tensor:
+        found.append(host)
+        return plain(host)
+
+    assert torch.equal(latents_of(pipe, arguments, take), expected)
+    host = found[1]
+    evaluation = host.evaluate(host.x)
+    assert {host.x.dtype, evaluation.z.dtype, evaluation.output.dtype, plain(host).dtype} == {torch.float32}
+    model, cond, scale, times = host.continuation(evaluation)
+    x = host.x.clone().requires_grad_()
+    solution = bd.sample(model, scale * x, cond, grid=times, gradient=bd.SymplecticAdjoint())
+    (slope,) = torch.autograd.grad(solution.x0.square().sum(), x)
+    assert solution.x0.dtype == slope.dtype == torch.float32
+    assert bool(slope.isfinite().all())
+
+
+def refused(pipe: Any, arguments: dict[str, Any], match: str) -> None:
+    def take(host: CapturedHost) -> Tensor:
+        return host.evaluate(host.x).output
+
+    with Capture(pipe, take), pytest.raises(UnsupportedError, match=match):
+        pipe(**seeded(**arguments))
+
+
+def test_what_cannot_be_guided_is_refused_by_name() -> None:
+    pipe = tiny_controlnet()
+    refused(pipe, {**text(pipe), "image": picture(), "guess_mode": True}, "guess_mode")
+    pipe = tiny_sd3()
+    layers = {"skip_guidance_layers": [0], "skip_layer_guidance_start": -1.0, "skip_layer_guidance_stop": 2.0}
+    refused(pipe, {**text(pipe), **layers}, "3 network outputs")
+    wan = tiny_wan()
+    refused(
+        wan,
+        {
+            **{k: v for k, v in tokens(1, TOKENS, WIDTH).items() if k.endswith("embeds")},
+            **SIZE,
+            "num_frames": 1,
+        },
+        "UniPC",
+    )
+
+    pipe = tiny_sd()
+    from diffusers import FirstBlockCacheConfig
+
+    pipe = tiny_flux()
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    refused(pipe, text(pipe), "disable_cache")
