@@ -1,0 +1,238 @@
+"""The published rules as objects that users hold, with their papers' settings.
+
+Each is a rule of :mod:`backdrift.guidance.rules`.
+
+All take a loss first and end in the arguments of :class:`~backdrift.SymplecticAdjointGuidance`, and are used in the
+same three ways. docs/guidance-rules.md compares them and says what each costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypedDict, Unpack
+
+from torch import Tensor
+
+from .base import Guidance, Losses
+from .estimate import Estimator
+from .rules import DPSRule, LGDRule, MPGDRule, TFGRule, UniversalRule
+from .rules.mpgd import Eps
+from .rules.tfg import Growth
+from .strengths import Strength, strength_of
+from .symplectic import Pull
+
+
+class Common(TypedDict, total=False):
+    """What all presets take besides their own arguments; see :class:`~backdrift.SymplecticAdjointGuidance`."""
+
+    steps: Sequence[int] | Sequence[bool] | None
+    maximize: bool
+    seed: int | Sequence[int]
+    decode: Callable[[Tensor], Tensor] | None
+    callback: Callable[[Any], Any] | None
+    strip: bool | int
+    prompts: Sequence[str] | None
+    estimator: Estimator | None
+
+
+class FreeDoM(Guidance):
+    """FreeDoM (Yu et al., ICCV 2023, arXiv:2303.09833): the gradient at x_t of the one-step estimate's loss.
+
+    Its Algorithm 1 and, with ``repeats``, 2: x_{t-1} = Step(x_t, eps) - rho_t grad_{x_t} L(xhat0(x_t)), then back
+    to t by fresh noise and again. It is :class:`~backdrift.SymplecticAdjointGuidance` with n = 1.
+
+    Its Stable Diffusion code has 100 steps of DDPM's posterior (a stochastic sampler: DDIM with eta = 1), guides
+    those from 70 to 31 counted down, and repeats the first 30 of them three times: ``repeats=[1] * 30 + [3] * 30 +
+    [1] * 40``. A single number repeats all guided steps.
+
+    Args:
+        loss: as in SymplecticAdjointGuidance; the authors' is the Frobenius norm between Gram matrices of CLIP
+            features.
+        strength: w of rho_t = w * s * RMS(eps_c - eps_0)/RMS(grad), s the guidance scale; or a strength.
+
+    Raises:
+        InputError: an argument has an impossible value.
+    """
+
+    def __init__(
+        self,
+        loss: Losses,
+        strength: float | Strength = 0.2,
+        start: float = 0.3,
+        stop: float = 0.7,
+        *,
+        repeats: int | Sequence[int] = 3,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(
+            Pull(1, strength_of(strength)), loss, start=start, stop=stop, repeats=repeats, **common
+        )
+
+
+class DPS(Guidance):
+    """Diffusion Posterior Sampling (Chung et al., ICLR 2023): pulls at x_t by zeta / sqrt(loss).
+
+    All steps are guided, and the authors' sampler is DDPM with 1000 steps.
+
+    Args:
+        loss: never negative, 0 at its best: a squared distance.
+        zeta: the paper's 0.1 to 1; its code's ``scale`` is twice that.
+
+    Raises:
+        InputError: an argument has an impossible value.
+
+    See :mod:`backdrift.guidance.rules.dps`.
+    """
+
+    def __init__(
+        self,
+        loss: Losses,
+        zeta: float = 1.0,
+        start: float = 0.0,
+        stop: float = 1.0,
+        *,
+        repeats: int | Sequence[int] = 1,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(DPSRule(zeta), loss, start=start, stop=stop, repeats=repeats, **common)
+
+
+class LGD(Guidance):
+    """Loss-Guided Diffusion with Monte Carlo (Song et al., ICML 2023): averages over the clean sample's spread.
+
+    Args:
+        loss: whose differences count beside 1; weigh it.
+        strength: multiplies the gradient; or a strength.
+        samples: draws of the clean sample at each guided step.
+        spread: multiplies the published r_t = sigma/sqrt(alpha² + sigma²).
+
+    Raises:
+        InputError: an argument has an impossible value.
+
+    See :mod:`backdrift.guidance.rules.lgd`.
+    """
+
+    def __init__(
+        self,
+        loss: Losses,
+        strength: float | Strength = 1.0,
+        samples: int = 10,
+        spread: float = 1.0,
+        start: float = 0.0,
+        stop: float = 1.0,
+        *,
+        repeats: int | Sequence[int] = 1,
+        **common: Unpack[Common],
+    ) -> None:
+        rule = LGDRule(strength, samples, spread)
+        super().__init__(rule, loss, start=start, stop=stop, repeats=repeats, **common)
+
+
+class UniversalGuidance(Guidance):
+    """Universal Guidance (Bansal et al., ICLR 2024): changes eps by a gradient at x_t, at x0, or both.
+
+    The defaults are those for style: 500 DDIM steps, all guided, each taken six times. With fewer steps the same weight
+    does less: the changes of eps add up along the run as the score's do.
+
+    Args:
+        loss: as in SymplecticAdjointGuidance.
+        weight: s of the forward rule, s_t = s sigma; 0 leaves it out.
+        backward: steps of gradient descent on x0 of the backward rule; 0 leaves it out.
+        rate: of that descent.
+        repeats: k, the self-recurrence.
+
+    Raises:
+        InputError: an argument has an impossible value.
+
+    See :mod:`backdrift.guidance.rules.universal`.
+    """
+
+    def __init__(
+        self,
+        loss: Losses,
+        weight: float = 6.0,
+        backward: int = 0,
+        rate: float = 0.01,
+        start: float = 0.0,
+        stop: float = 1.0,
+        *,
+        repeats: int | Sequence[int] = 6,
+        **common: Unpack[Common],
+    ) -> None:
+        rule = UniversalRule(weight, backward, rate)
+        super().__init__(rule, loss, start=start, stop=stop, repeats=repeats, **common)
+
+
+class MPGD(Guidance):
+    """Manifold Preserving Guided Diffusion (He et al., ICLR 2024), without projection: moves x0 alone.
+
+    The defaults are those of its Stable Diffusion code for style: 100 steps, guided from 70 to 31 counted down.
+
+    Args:
+        loss: as in SymplecticAdjointGuidance.
+        strength: w of c_t = w * s * RMS(eps_c - eps_0)/RMS(grad); or a strength.
+        eps: ``"recomputed"`` from the moved x0 (the Stable Diffusion code), or ``"kept"`` (the paper's DDIM step),
+            for which a strength of 0.2 to 0.5 is of the same size.
+
+    Raises:
+        InputError: an argument has an impossible value.
+
+    See :mod:`backdrift.guidance.rules.mpgd`.
+    """
+
+    def __init__(
+        self,
+        loss: Losses,
+        strength: float | Strength = 15.0,
+        eps: Eps = "recomputed",
+        start: float = 0.3,
+        stop: float = 0.7,
+        *,
+        repeats: int | Sequence[int] = 1,
+        **common: Unpack[Common],
+    ) -> None:
+        rule = MPGDRule(strength, eps)
+        super().__init__(rule, loss, start=start, stop=stop, repeats=repeats, **common)
+
+
+class TFG(Guidance):
+    """Training-Free Guidance (Ye et al., NeurIPS 2024): a gradient at x_t and one at x0, of a smoothed loss.
+
+    The defaults are those for style: 100 steps of DDIM with eta = 1, all guided, for a loss that is a hundredth of
+    the Frobenius norm between Gram matrices.
+
+    Args:
+        loss: -log of what is wanted; the strengths depend on its scale.
+        rho, mu: strengths of the gradients at x_t and at x0; 0 leaves one out.
+        gamma: spread of the implicit dynamics.
+        iterations: steps of the gradient at x0.
+        samples: draws of the implicit dynamics.
+        rho_schedule, mu_schedule: ``"increase"``, ``"decrease"``, ``"constant"`` or a function of the step's levels.
+        gamma_schedule: ``"decrease"`` or ``"constant"``.
+        repeats: N_recur.
+
+    Raises:
+        InputError: an argument has an impossible value.
+
+    See :mod:`backdrift.guidance.rules.tfg`.
+    """
+
+    def __init__(
+        self,
+        loss: Losses,
+        rho: float = 0.25,
+        mu: float = 2.0,
+        gamma: float = 0.1,
+        iterations: int = 4,
+        samples: int = 1,
+        start: float = 0.0,
+        stop: float = 1.0,
+        *,
+        rho_schedule: Growth = "increase",
+        mu_schedule: Growth = "increase",
+        gamma_schedule: Literal["decrease", "constant"] = "decrease",
+        repeats: int | Sequence[int] = 1,
+        **common: Unpack[Common],
+    ) -> None:
+        rule = TFGRule(rho, mu, gamma, iterations, samples, rho_schedule, mu_schedule, gamma_schedule)
+        super().__init__(rule, loss, start=start, stop=stop, repeats=repeats, **common)

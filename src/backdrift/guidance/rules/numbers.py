@@ -1,0 +1,41 @@
+"""The numbers that rules are made with, checked; and tensors of a shape and precision to reckon with."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError
+
+
+def positive(name: str, value: object, *, zero: bool = False) -> None:
+    """Raise unless ``value`` is a finite number > 0 (or 0, where that is allowed).
+
+    Raises:
+        InputError: it is not.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not (value > 0 or (zero and value == 0)):  # type: ignore[operator]
+        raise InputError(f"{name} must be a finite number {'>= 0' if zero else '> 0'}; got {value!r}")
+
+
+def whole(name: str, value: object, least: int) -> None:
+    """Raise unless ``value`` is a whole number of at least ``least``.
+
+    Raises:
+        InputError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name} must be a whole number >= {least}; got {value!r}")
+
+
+def column(values: Tensor, like: Tensor) -> Tensor:
+    """``values`` (B,) as (B, 1, …), to be multiplied with ``like`` (B, …), in its dtype."""
+    return values.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in float32 at least: gradients by pictures underflow in half precision."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
