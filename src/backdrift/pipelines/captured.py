@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..denoiser import Denoiser
 from ..errors import InputError, UnsupportedError
 from ..host import Continuation, Evaluation, Host
-from .continued import ContinuedDenoiser
 from .levels import Levels
 from .recorded import Recorded, is_control
 from .replayed import StepNetwork
@@ -70,7 +70,6 @@ class CapturedHost(Host):
         self.start, self.end = given.levels.starts[given.position], given.levels.ends[given.position]
         first = given.position - index
         self.levels = tuple(zip(given.levels.starts, given.levels.ends, strict=True))[first : first + total]
-        self._outputs: list[Tensor] = []  # that came from the networks
         self._each = sum(not is_control(call) for call in given.calls)
         self.calls = self._each
 
@@ -96,11 +95,9 @@ class CapturedHost(Host):
                 parts = network.parts(z.to(network.dtype))
                 output = network.combination(parts).to(given.output.dtype)
             more = network.combination.more(parts)
-        output = _raised(output)
-        self._outputs.append(output)
         return Evaluation(
             z,
-            output,
+            _raised(output),
             given.levels.prediction,
             given.levels.seen(given.position),
             given.levels.times[given.position],
@@ -127,15 +124,12 @@ class CapturedHost(Host):
         """
         given = self._given
         levels, position = given.levels, given.position
-        made = any(evaluation.output is output for output in self._outputs)
-        model = ContinuedDenoiser(
+        model = Denoiser(
             self._network,
             levels.schedule,
             levels.prediction,
             time_scale=self._time_scale,
-            z=evaluation.z if made else None,
-            output=evaluation.output if made else None,
-            t=evaluation.t,
+            dtype=self._network.dtype,
         )
         return Continuation(model, None, self._scale, levels.times_from(position))
 

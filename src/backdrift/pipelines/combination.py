@@ -91,8 +91,8 @@ def learned(pipe: Any, parts: Sequence[Tensor], output: Tensor) -> Combination:
             return candidate
     raise UnsupportedError(
         f"{type(pipe).__name__} makes the scheduler's input of its network's output by a rule that is neither the "
-        "output itself nor classifier-free guidance, uncond + scale * (cond - uncond), nor that with guidance_rescale: such "
-        "steps cannot be guided. Switch the rule off (perturbed attention, adaptive projection, …)"
+        "output itself nor classifier-free guidance, uncond + scale * (cond - uncond), nor that with guidance_rescale: "
+        "such steps cannot be guided. Switch the rule off (perturbed attention, adaptive projection, …)"
     )
 
 

@@ -82,11 +82,11 @@ class Decoder:
         if rows * columns != x0.shape[1]:
             raise self._unknown(f"has {x0.shape[1]} tokens at {rows} x {columns} places")
         unit = 2 * pipe.vae_scale_factor
-        return pipe._unpack_latents(x0, rows * unit, columns * unit, pipe.vae_scale_factor)  # type: ignore[no-any-return]
+        return pipe._unpack_latents(x0, rows * unit, columns * unit, pipe.vae_scale_factor)
 
     def _decoded(self, latents: Tensor) -> Tensor:
-        vae = self._vae(latents.device)
-        config: Any = vae.config
+        vae: Any = self._vae(latents.device)
+        config = vae.config
         said = _said(self._pipe)
         given = latents.to(next(vae.parameters()).dtype)
         scaling = getattr(config, "scaling_factor", None) or 1.0
@@ -98,7 +98,7 @@ class Decoder:
             given = given / scaling
             if "shift_factor" in said and getattr(config, "shift_factor", None) is not None:
                 given = given + config.shift_factor
-        pictures = vae.decode(given, return_dict=False)[0]  # type: ignore[operator]
+        pictures = vae.decode(given, return_dict=False)[0]
         return pictures.to(latents.dtype) / 2 + 0.5
 
     def _vae(self, device: torch.device) -> nn.Module:
@@ -106,20 +106,17 @@ class Decoder:
         if self._frozen is not None:
             return self._frozen
         pipe = self._pipe
-        vae = getattr(pipe, "vae", None)
+        vae: Any = getattr(pipe, "vae", None)
         cls = type(unwrapped(vae)).__name__ if isinstance(vae, nn.Module) else "another decoder than vae"
         if cls not in _KNOWN or is_modular(plain_class(type(pipe))):
             raise self._unknown(f"has {cls}; known are {', '.join(_KNOWN)} in an ordinary pipeline")
         processor = image_processors(pipe).get("image_processor")
         if processor is not None and not processor.config.get("do_normalize", True):
             raise self._unknown("has an image processor without do_normalize")
-        frozen = shadow(unwrapped(vae), set())
+        frozen: Any = shadow(unwrapped(vae), set())
         weight = next(frozen.parameters())
-        if (
-            weight.dtype == torch.float16
-            and frozen.config.get("force_upcast")
-            and "force_upcast" in _said(pipe)
-        ):  # type: ignore[operator, union-attr]
+        overflows = frozen.config.get("force_upcast") and "force_upcast" in _said(pipe)
+        if weight.dtype == torch.float16 and overflows:
             frozen = frozen.float()
         if weight.device != device:  # waits on the CPU
             frozen = frozen.to(device)
