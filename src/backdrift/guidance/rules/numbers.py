@@ -1,4 +1,4 @@
-"""The numbers that rules are made with, checked; and tensors of a shape and precision to reckon with."""
+"""Numbers and levels that rules can work with, checked; tensors of a shape and precision to reckon with."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ...host import Host
 
 
 def positive(name: str, value: object, *, zero: bool = False) -> None:
@@ -29,6 +30,19 @@ def whole(name: str, value: object, least: int) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InputError(f"{name} must be a whole number >= {least}; got {value!r}")
+
+
+def signal(name: str, host: Host) -> None:
+    """Raise unless there is signal in the state that a host steps from.
+
+    Raises:
+        InputError: alpha = 0 there.
+    """
+    if host.start.alpha == 0:
+        raise InputError(
+            f"{name} is singular in step {host.index + 1} of {host.total}, which begins at pure noise (alpha = 0): "
+            "guide from a later step on (start=, steps=), or use FreeDoM, MPGD or SymplecticAdjointGuidance"
+        )
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:

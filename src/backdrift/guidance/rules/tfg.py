@@ -42,7 +42,7 @@ from ...errors import InputError
 from ...host import Host, Level
 from ..attempt import Attempt
 from ..estimate import Score
-from .numbers import positive, whole, wide
+from .numbers import positive, signal, whole, wide
 from .smoothed import draws, pulled, smoothed
 
 Weights = Callable[[Level, Level], float]
@@ -105,12 +105,8 @@ class TFGRule:
                 tell its noise levels.
         """
         host = attempt.host
+        signal("TFG", host)
         start, end = unit(host.start), unit(host.end)
-        if start.alpha == 0:
-            raise InputError(
-                f"TFG divides by sqrt(alpha_t), which is 0 in step {host.index + 1} of {host.total}, from pure noise: "
-                "guide from a later step on"
-            )
         by = draws(
             attempt, self.samples, self.gamma * (start.sigma if self.gamma_schedule == "decrease" else 1.0)
         )

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..attempt import Attempt
+from ..backward import displaced
 from ..estimate import Score
-from .numbers import positive, whole, wide
+from .numbers import positive, signal, whole, wide
 from .smoothed import pulled
 
 
@@ -35,9 +36,9 @@ from .smoothed import pulled
 class UniversalRule:
     """The sampler's own step with a changed eps.
 
-    Forward guidance costs the sampler's network call, redone once with its graph, and one vector–Jacobian product;
-    backward guidance alone costs no more than the sampler's call. Either costs decodings: 1, and m - 1 more (m without
-    forward guidance). Singular where alpha = 0, where eps is fixed by x_t, for networks that predict anything else.
+    Forward guidance costs the sampler's own network call, that call redone with its graph and one vector–Jacobian
+    product; backward guidance alone only the sampler's call. There is one decoding, which both use, and m - 1 more for
+    backward guidance. Singular where alpha = 0: eps is fixed by x_t there.
 
     Args:
         weight: s >= 0 of the forward rule; 0 leaves it out.
@@ -62,7 +63,12 @@ class UniversalRule:
             )
 
     def __call__(self, attempt: Attempt) -> Tensor:
-        """The state after the step."""
+        """The state after the step.
+
+        Raises:
+            InputError: alpha = 0 at the step's beginning.
+        """
+        signal("Universal Guidance", attempt.host)
         evaluation, level = attempt.evaluation, attempt.host.start
         first: list[Score] = []
 
@@ -86,13 +92,6 @@ class UniversalRule:
                 loss=seen.values, strength=torch.full_like(seen.values, self.rate), pull=seen.pull, n=None
             )
         if self.backward:
-            moved = self._descend(attempt, wide(evaluation.x0), first[0])
+            moved = displaced(attempt, wide(evaluation.x0), self.backward, self.rate, first[0])
             eps = eps - level.alpha / level.sigma * moved
         return attempt.take(evaluation.with_eps(eps.to(evaluation.z.dtype)))
-
-    def _descend(self, attempt: Attempt, x0: Tensor, first: Score) -> Tensor:
-        """D (B, …) after m steps."""
-        moved = -self.rate * first.pull
-        for _ in range(self.backward - 1):
-            moved = moved - self.rate * attempt.score(x0 + moved).pull
-        return moved
