@@ -14,7 +14,7 @@ from torchdiffeq import odeint
 
 import backdrift as bd
 from backdrift.errors import InputError, NonFiniteError, UnsupportedError
-from backdrift.solvers.adaptive import accepted_steps
+from backdrift.solvers.adaptive import Witness, accepted_steps
 from problems import (
     SCHEDULES,
     GaussianNetwork,
@@ -162,6 +162,57 @@ def test_accepted_steps_go_either_way() -> None:
     back = accepted_steps(lambda s, y: -y, there.states[-1], 3.0, 0.0, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(back.states[-1], y, rtol=1e-7, atol=0)
     assert all(a > b for a, b in pairwise(back.clocks))
+
+
+def test_the_state_halfway_is_of_order_four() -> None:
+    """y' = -y in single steps: the error halfway falls with the fifth power of the size."""
+    errors = []
+    for size in (0.2, 0.1, 0.05):
+        y = torch.tensor([1.0], dtype=torch.float64)
+        found = accepted_steps(
+            lambda s, y: -y, y, 0.0, size, rtol=1.0, atol=1.0, first_step=size, middles=True
+        )
+        assert len(found.middles) == 1
+        errors.append(abs(float(found.middles[0]) - math.exp(-size / 2)))
+    assert all(math.log2(a / b) == pytest.approx(5, abs=0.25) for a, b in pairwise(errors)), errors
+
+
+class Told(Witness):
+    """Notes what it is told, in order, with the evaluations between."""
+
+    def __init__(self) -> None:
+        self.heard: list[Any] = []
+
+    def begun(self) -> None:
+        self.heard.append("begun")
+
+    def attempted(self) -> None:
+        self.heard.append("attempted")
+
+    def accepted(self, step: float) -> None:
+        self.heard.append(step)
+
+    def rejected(self) -> None:
+        self.heard.append("rejected")
+
+
+def test_a_witness_is_told_of_every_step() -> None:
+    """y' = cos(s²) s y: steps shrink on the way, so that some are rejected."""
+    told, y = Told(), torch.tensor([1.0, -2.0], dtype=torch.float64)
+
+    def drift(s: float, y: Tensor) -> Tensor:
+        told.heard.append("k")
+        return math.cos(s * s) * s * y
+
+    found = accepted_steps(drift, y, 0.0, -6.0, rtol=1e-6, atol=1e-6, witness=told)
+    words = told.heard
+    assert words[:4] == ["begun", "k", "k", "attempted"]  # the start's, and one to guess a first size
+    sizes = [word for word in words if isinstance(word, float)]
+    assert sizes == pytest.approx([b - a for a, b in pairwise(found.clocks)])
+    assert all(size < 0 for size in sizes)
+    assert words.count("rejected") > 0
+    assert words.count("attempted") == len(sizes) + words.count("rejected")
+    assert words.count("k") == 2 + 6 * words.count("attempted")
 
 
 def sampled(network: Any, solver: Any, dtype: torch.dtype = torch.float64) -> None:

@@ -208,6 +208,17 @@ def test_dpm_solver_3_is_diffusers_step(algorithm: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("order", [2, 3])
+def test_deis_in_lam_with_a_rising_start_is_diffusers_whole_run(order: int) -> None:
+    nodes = spread(7)
+    theirs = Theirs(DEISMultistepScheduler, nodes, solver_order=order, lower_order_final=False)
+    x = start_state(theirs.schedule, 990.0)
+    found = ours(DEIS(order, "lam", start="rising"), "exponential", TimeGrid(nodes), theirs.schedule)
+    torch.testing.assert_close(theirs.run(x, 7), found, rtol=0, atol=1e-11)
+    other = ours(DEIS(order, "lam"), "exponential", TimeGrid(nodes), theirs.schedule)
+    assert float((other - found).norm()) > 1e-3
+
+
+@pytest.mark.parametrize("order", [2, 3])
 def test_deis_in_lam_is_diffusers_step(order: int) -> None:
     """Its multistep update is ours from the same history; its start, of lower order, is not."""
     nodes = spread(5)

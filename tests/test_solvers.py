@@ -140,6 +140,9 @@ EVALUATIONS = {
     "AdamsBashforth(2)": 6,
     "AdamsBashforth(3)": 11,
     "AdamsBashforth(4)": 14,
+    "AdamsBashforth(2, start='rising')": 5,
+    "AdamsBashforth(4, start='rising')": 5,
+    "DEIS(3, clock='lam', start='rising')": 5,
     "DEIS(2)": 6,
     "DEIS(3)": 11,
     "DEIS(4)": 14,
@@ -162,7 +165,9 @@ def test_evaluations_are_known_beforehand(row: Row) -> None:
     assert sum(row.solver.evaluations(i) for i in range(5)) == solution.nfe
 
 
-@pytest.mark.parametrize("solver", [AdamsBashforth(1), DEIS(1), DEIS(1, "lam")], ids=repr)
+@pytest.mark.parametrize(
+    "solver", [AdamsBashforth(1), AdamsBashforth(1, "rising"), DEIS(1), DEIS(1, "lam")], ids=repr
+)
 def test_order_one_is_euler(solver: Solver) -> None:
     ours, theirs = (run("linear", "exponential", s, 4)[1][0] for s in (solver, Euler()))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
@@ -187,6 +192,7 @@ def test_a_tableau_is_all_a_new_runge_kutta_method_needs() -> None:
         (lambda: AdamsBashforth(5), "AdamsBashforth has orders 1, 2, 3 and 4"),
         (lambda: DEIS(0), "DEIS has orders 1, 2, 3 and 4"),
         (lambda: DEIS(2, "rho"), "AdamsBashforth is the one"),  # type: ignore[arg-type]
+        (lambda: AdamsBashforth(4, "euler"), "the start of AdamsBashforth is 'runge-kutta' or 'rising'"),  # type: ignore[arg-type]
         (lambda: DPMSolver(1), "orders 2 and 3"),
     ],
 )

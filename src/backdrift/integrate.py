@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from .noises import Draw, Noise
 from .scalars import graphed
 from .schedules import Schedule
 from .solvers import AdaptiveDormandPrince, Leg, Pair, ReversibleSolver, Solver, StochasticSolver
+from .solvers.adaptive import Stretch, Witness
 from .solvers.coupled import linked
 
 
@@ -28,6 +29,20 @@ class Interval:
     end: float
     form: str
     aside: bool
+
+
+class Settled(NamedTuple):
+    """An adaptive solver's run, on the steps it accepted.
+
+    Attributes:
+        plan: on their nodes.
+        states: x at the nodes after the first.
+        middles: time and x halfway through each step; None where they were not asked for or there is none.
+    """
+
+    plan: Plan
+    states: list[Tensor]
+    middles: list[tuple[float, Tensor] | None]
 
 
 class Plan:
@@ -126,14 +141,16 @@ class Plan:
         plan.graph = None
         return plan
 
-    def settled(self, x: Tensor, call: Call) -> tuple[Plan, list[Tensor]]:
-        """An adaptive solver's plan on the steps it accepts, and the states at their nodes after the first.
-
-        The steps are found by one run without gradients.
+    def settled(
+        self, x: Tensor, call: Call, witness: Witness | None = None, *, middles: bool = False
+    ) -> Settled:
+        """The run on the steps that an adaptive solver accepts, found by one run without gradients.
 
         Args:
             x: state at the first node.
             call: ``call(x, t)`` -> the network's output, of x's shape.
+            witness: told of every step, one to a singular end among them.
+            middles: whether the states halfway through the steps are wanted.
         """
         solver, forms = self.solver, self.forms(call)
         if not isinstance(solver, AdaptiveDormandPrince):
@@ -141,20 +158,25 @@ class Plan:
                 f"{solver!r} steps on the grid's nodes; only an adaptive solver looks for others"
             )
         fixed, times, states, last = solver.fixed, self.times[:1], [x], None
+        between: list[tuple[float, Tensor] | None] = []
         with torch.no_grad():
             for interval in self.intervals:
                 form = forms[interval.form]
                 a, b = form.node(interval.start), form.node(interval.end)
                 if interval.aside:
-                    found, ys, last = [b.t], [fixed.begin().step(form, states[-1], a, b)], None
+                    found = Stretch([b.t], [fixed.begin().step(form, states[-1], a, b)], [None], None)
+                    if witness is not None:
+                        witness.beside()
                 else:
-                    found, ys, last = solver.accepted(form, states[-1], a, b, last)
-                times, states = times + found, states + ys
+                    found = solver.accepted(form, states[-1], a, b, last, witness=witness, middles=middles)
+                times, states, last = times + found.times, states + found.states, found.last
+                between += found.middles
         graph = None
         if self.graph is not None:  # the nodes given move, the accepted ones between them do not
             given = dict(zip(self.times, self.graph, strict=True))
             graph = torch.stack([given[t] if t in given else self.graph.new_tensor(t) for t in times])
-        return Plan(fixed, self.form, self.schedule, self.prediction, times, graph=graph), states[1:]
+        plan = Plan(fixed, self.form, self.schedule, self.prediction, times, graph=graph)
+        return Settled(plan, states[1:], between)
 
     def forms(self, call: Call | None = None, draw: Draw | None = None) -> dict[str, Form]:
         """The forms on the run's model and noise, by name."""

@@ -14,6 +14,7 @@ from .conditioning import PerStep, check_steps
 from .denoiser import Denoiser
 from .errors import InputError, MissingGradientError, NonFiniteError, UnsupportedError
 from .gradients import Exact, GradientMethod, Job
+from .gradients.base import search
 from .grids import TimeGrid
 from .integrate import Plan
 from .nests import tensors
@@ -124,11 +125,11 @@ def sample(
     pair, x = (state, state.first) if isinstance(state, Pair) else (None, state)
 
     stats, start, before = RunStats(), time.perf_counter(), model.nfe
-    job, found = _settled(Job(plan, model, x, cond, stats, trajectory, check_finite, pair))
+    job, found = _settled(Job(plan, model, x, cond, stats, trajectory, check_finite, pair), gradient)
     check_steps((cond, model.uncond), len(job.plan.intervals))
     watch = _watch(through, job, gradient)
     job = replace(job, watch=watch)
-    states = gradient.run(job) if found is None or torch.is_grad_enabled() else found
+    states = gradient.run(job) if found is None else found
     path = [state]
     for state in finite(states, job.plan.times) if check_finite else states:
         path[0 if not trajectory else len(path) :] = [state]
@@ -228,14 +229,14 @@ def _solution(path: list[State], times: Tensor, trajectory: bool, nfe: int, stat
     )
 
 
-def _settled(job: Job) -> tuple[Job, list[Tensor] | None]:
-    """The job on the steps that its adaptive solver accepts, and the states found with them; else the job, and None."""
+def _settled(job: Job, gradient: GradientMethod) -> tuple[Job, list[Tensor] | None]:
+    """The job on the steps that its adaptive solver accepts; and, where no gradient can be asked for, the states found
+    with them."""
     if not isinstance(job.plan.solver, AdaptiveDormandPrince):
         return job, None
-    before = job.model.nfe
-    plan, states = job.plan.settled(job.x, lambda x, t: job.model.output(x, t, job.cond))
-    job.stats.calls_forward += job.model.nfe - before
-    return replace(job, plan=plan), states
+    if torch.is_grad_enabled():
+        return gradient.settled(job), None
+    return search(job)
 
 
 def check_arguments(model: Denoiser, solver: Solver, gradient: GradientMethod) -> None:

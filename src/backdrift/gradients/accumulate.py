@@ -7,6 +7,7 @@ weights' size lies in an ODE's state, and a half-precision network's gradients a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -40,6 +41,25 @@ class Sums:
             self.buffers[place] = grad.to(self._dtypes[place], copy=True)
         else:
             buffer.add_(grad)
+
+    def alike(self) -> Sums:
+        """Sums of the same tensors, nothing in them yet."""
+        made = copy.copy(self)
+        made.clear()
+        return made
+
+    def clear(self) -> None:
+        """Forget all that was added."""
+        self.buffers = [None] * len(self.wanted)
+
+    def gather(self, other: Sums, factor: float) -> None:
+        """Add ``factor`` times the sums of the same tensors."""
+        for place, found in enumerate(other.buffers):
+            own = self.buffers[place]
+            if own is not None and found is not None:
+                own.add_(found, alpha=factor)
+            elif found is not None:
+                self.buffers[place] = found * factor
 
     @contextmanager
     def collecting(self, leaves: Sequence[Tensor]) -> Iterator[list[Tensor]]:

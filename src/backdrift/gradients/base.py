@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -28,6 +28,9 @@ from ..solvers import Pair, State
 from ..stats import RunStats
 from ..trace import Watch
 from .truncated import states as truncated
+
+if TYPE_CHECKING:
+    from .taken import Taken
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Job:
         pair: the state where the run starts, for a reversible solver; ``x`` is its first member.
         watch: which steps carry the gradient, and what measures it on its way; None for all, and no measure. Methods
             that act on whole runs are given None.
+        taken: the forward pass, where :meth:`GradientMethod.settled` has made it.
     """
 
     plan: Plan
@@ -56,6 +60,15 @@ class Job:
     check_finite: bool = True
     pair: Pair | None = None
     watch: Watch | None = None
+    taken: Taken | None = None
+
+
+def search(job: Job) -> tuple[Job, list[Tensor]]:
+    """The job on the steps that its adaptive solver accepts, and the states found with them, without a graph."""
+    before = job.model.nfe
+    found = job.plan.settled(job.x, lambda x, t: job.model.output(x, t, job.cond))
+    job.stats.calls_forward += job.model.nfe - before
+    return replace(job, plan=found.plan), found.states
 
 
 class Evaluator(ABC):
@@ -89,6 +102,13 @@ class GradientMethod:
     def by_calls(self) -> bool:
         """Whether it acts call by call, so that some steps can be left out of the gradient."""
         return type(self).run is GradientMethod.run
+
+    def settled(self, job: Job) -> Job:
+        """The job of an adaptive solver on the steps that it accepts, which are looked for without a graph.
+
+        A method that takes that search for its forward pass hands it to its run as ``job.taken``.
+        """
+        return search(job)[0]
 
     def begin(self, model: Denoiser, x: Tensor, cond: Any, evaluations: int, stats: RunStats) -> Evaluator:
         """The evaluation ``call(x, t)`` to use throughout one run of the plan's own time loop.

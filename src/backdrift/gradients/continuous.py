@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..conditioning import PerStep
 from ..errors import InputError
 from ..forms import FORMS
 from ..grids import TimeGrid
@@ -23,7 +24,6 @@ from ..solvers import (
     State,
     StochasticSolver,
 )
-from ..solvers.adaptive import accepted_steps
 from .base import GradientMethod, Job
 from .equation import AdjointForm
 from .legs import Leg, legs_of, own_nodes
@@ -31,6 +31,7 @@ from .partner import own_step
 from .paths import StoredPath
 from .quadrature import Evaluations, evaluation_weights
 from .sweep import ADJOINT, Record, Task, WayBack
+from .taken import settle
 
 Trajectory = Literal["stored", "recompute"]
 
@@ -95,6 +96,11 @@ class ContinuousAdjoint(GradientMethod):
 
     by_times = True
 
+    def settled(self, job: Job) -> Job:
+        if any(isinstance(c, PerStep) for c in (job.cond, job.model.uncond)):
+            return super().settled(job)  # which fits no run whose steps are yet to be found
+        return settle(job, between=self.trajectory == "stored")
+
     def run(self, job: Job) -> Iterator[State]:
         if isinstance(job.plan.solver, StochasticSolver):
             raise InputError(
@@ -123,7 +129,9 @@ class _ContinuousRun(WayBack):
         asked = (t for found in self.evaluations.values() for t in (found.times if found else ()))
         adaptive = isinstance(solver, AdaptiveDormandPrince)
         self.between = self.stored and (adaptive or not nodes.issuperset(asked))
-        self.calls.recording = self.between
+        taken = job.taken
+        self.calls.recording = self.between and taken is None
+        self.middles = {} if taken is None else {i: t for i, (t, _) in taken.middles.items()}
 
     def keep(self, index: int, start: Tensor, end: Tensor) -> Record:
         record: Record = {}
@@ -131,14 +139,20 @@ class _ContinuousRun(WayBack):
             record["state", index] = start
         if self.stored or self.job.trajectory or index + 1 == len(self.plan.intervals):
             record["state", index + 1] = end
-        if self.between:
-            out = self.calls.output_at(start, self.plan.times[index])
-            if out is not None:
-                record["output", index] = out
+        if not self.between:
+            return record
+        if (taken := self.job.taken) is not None:
+            record |= {("output", i): taken.outputs[i] for i in (index, index + 1) if i in taken.outputs}
+            if index in taken.middles:
+                record["middle", index] = taken.middles[index][1]
+            return record
+        out = self.calls.output_at(start, self.plan.times[index])
+        if out is not None:
+            record["output", index] = out
         return record
 
     def back(self, first: int, last: int, record: Record, adjoint: Tensor, task: Task) -> Tensor:
-        path = StoredPath(self.form, self.plan.times, record, self.calls.evaluate)
+        path = StoredPath(self.form, self.plan.times, record, self.calls.evaluate, self.middles)
         x: Tensor | None = None
         while last > first:
             leg = self.legs[last]
@@ -170,37 +184,19 @@ class _ContinuousRun(WayBack):
         equation = AdjointForm(form, leg, self.plan.times, path, self.calls, task)
         found = self.evaluations[leg.last]
         if found is None:
-            z = self._adaptively(equation, leg, z)
+            assert isinstance(self.solver, AdaptiveDormandPrince)
+            z = equation.adaptively(self.solver, leg.times, z, self._guess(leg))
         else:
             z = equation.solve(self.solver, leg.times, z, found)
         y, p = (None, z) if path is not None else (z[0], z[1])
         return rescaled(p, 1 / form.scale(high)), None if y is None else rescaled(y, form.scale(high))
 
-    def _adaptively(self, equation: AdjointForm, leg: Leg, z: Tensor) -> Tensor:
-        """Find the steps without the shared tensors' sums; then, if those are wanted, go over the steps again."""
-        solver, form = self.solver, self.form
-        assert isinstance(solver, AdaptiveDormandPrince)
-        # The equation is linear in p and its tolerance is not, so p is brought to the size of 1.
-        parts = z if equation.path is None else z[None]
-        size = float(parts[-1].square().mean().sqrt()) or 1.0
-        unit = parts.clone()
-        unit[-1] /= size
-        state, times, step = unit.reshape(z.shape), [leg.times[0]], None
-        with equation.without_sums():
-            for low, high in itertools.pairwise(leg.times):
-                plain = equation.clocked(low, high)
-                accepted = accepted_steps(
-                    plain, state, form.node(low).s, form.node(high).s,
-                    rtol=solver.rtol, atol=solver.atol, first_step=step, max_steps=solver.max_steps,
-                )  # fmt: skip
-                times += [*(form.between(s).t for s in accepted.clocks[1:-1]), high]
-                state, step = accepted.states[-1], accepted.last
-        if equation.task.sums is not None:
-            nodes = [form.node(t) for t in times]
-            return equation.solve(solver.fixed, times, z, evaluation_weights(solver.fixed, form, nodes))
-        found = state.reshape(parts.shape).clone()
-        found[-1] *= size
-        return found.reshape(z.shape)
+    def _guess(self, leg: Leg) -> float | None:
+        """A first step for an adaptive way back: the length of the run's own last steps, where it chose them."""
+        if self.job.taken is None:
+            return None
+        clocks = [self.form.node(t).s for t in self.plan.times[max(leg.last - 2, leg.first) : leg.last + 1]]
+        return max(abs(b - a) for a, b in itertools.pairwise(clocks))
 
     def _leg_over(self, index: int) -> Leg:
         return next(leg for leg in self.legs.values() if leg.first <= index < leg.last)

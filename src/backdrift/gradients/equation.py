@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..forms import Form
 from ..scalars import add_scaled, rescaled
-from ..solvers import Solver
+from ..solvers import AdaptiveDormandPrince, Solver
+from ..solvers.adaptive import accepted_steps
+from .accumulate import Sums
+from .attempts import Attempts
 from .calls import Calls
 from .legs import Leg
 from .paths import StoredPath, interval_of
 from .quadrature import Evaluations
 from .sweep import ADJOINT, Task
+
+# Where an evaluation's part of the shared tensors' sums goes to, and its weight there; None if it has none.
+Share = Callable[[], tuple[Sums, float] | None]
+
+
+def _nowhere() -> None:
+    return None
+
+
+def _in_turn(sums: Sums, weights: Sequence[float]) -> Share:
+    left = iter(weights)
+    return lambda: (sums, next(left))
 
 
 class AdjointForm(Form):
@@ -46,8 +60,8 @@ class AdjointForm(Form):
     ) -> None:
         super().__init__(form.name, form.schedule, form.prediction)
         self.own, self.leg, self.run_times, self.path, self.calls = form, leg, times, path, calls
-        self.task, self._sums = task, task.sums
-        self._weights: Iterator[float] = itertools.repeat(0.0)
+        self.task = task
+        self._share: Share = _nowhere
 
     def scale(self, t: float) -> float:
         return 1.0
@@ -58,21 +72,41 @@ class AdjointForm(Form):
         Args:
             evaluations: the solver's on these times.
         """
-        self._weights = iter(evaluations.weights)
+        self._share = _nowhere if self.task.sums is None else _in_turn(self.task.sums, evaluations.weights)
         stepper, nodes = solver.begin(), [self.own.node(t) for t in times]
         for a, b in itertools.pairwise(nodes):
             z = stepper.step(self, z, a, b)
         return z
 
-    @contextmanager
-    def without_sums(self) -> Iterator[None]:
-        """Inside the block evaluations add nothing to the shared tensors' sums."""
-        sums, self._sums = self._sums, None
-        self._weights = itertools.repeat(0.0)
-        try:
-            yield
-        finally:
-            self._sums = sums
+    def adaptively(
+        self,
+        solver: AdaptiveDormandPrince,
+        times: Sequence[float],
+        z: Tensor,
+        first_step: float | None = None,
+    ) -> Tensor:
+        """The same by steps that the solver chooses between the rising ``times``; each evaluation is made once.
+
+        Args:
+            first_step: size of the first attempt in the clock; None to look for one.
+        """
+        # The equation is linear in p and the tolerance is not, so p is brought to the size of 1.
+        parts = (z if self.path is None else z[None]).clone()
+        size = float(parts[-1].square().mean().sqrt()) or 1.0
+        parts[-1] /= size
+        state, form = parts.reshape(z.shape), self.own
+        attempts = None if self.task.sums is None else Attempts(self.task.sums, size)
+        self._share = _nowhere if attempts is None else attempts.next
+        for low, high in itertools.pairwise(times):
+            found = accepted_steps(
+                self.clocked(low, high), state, form.node(low).s, form.node(high).s,
+                rtol=solver.rtol, atol=solver.atol, first_step=first_step, max_steps=solver.max_steps,
+                witness=attempts,
+            )  # fmt: skip
+            state, first_step = found.states[-1], found.last
+        parts = state.reshape(parts.shape).clone()
+        parts[-1] *= size
+        return parts.reshape(z.shape)
 
     def clocked(self, low: float, high: float) -> Callable[[float, Tensor], Tensor]:
         """The drift as a function of the clock, between two times whose clocks are met exactly."""
@@ -92,8 +126,9 @@ class AdjointForm(Form):
         self.task.at(interval)
         evaluation = self.calls.again(state, t, interval)
         # The cotangent carries the weight of this evaluation in the sums, which therefore need no scaling.
-        weight = -next(self._weights) if self._sums is not None else 0.0
-        sums = self._sums if weight != 0 else None
+        sums, weight = self._share() or (None, 0.0)
+        weight = -weight
+        sums = sums if weight != 0 else None
         pulled = evaluation.pull(rescaled(p, on_output * weight if sums is not None else on_output), sums)
         if sums is not None:
             pulled = pulled / weight

@@ -55,7 +55,7 @@ class Task:
     def restart(self) -> None:
         """The sweep begins once more: nothing of it counts."""
         if self.sums is not None:
-            self.sums.buffers = [None] * len(self.sums.buffers)
+            self.sums.clear()
         if self.findings is not None:
             self.findings.forget()
         self.carry.clear()
@@ -82,7 +82,7 @@ class Way(ABC):
         self.job, self.plan, self.name = job, job.plan, name
         # A view of its own, so that the engine can be asked whether its gradient is wanted.
         self.times = None if self.plan.graph is None else self.plan.graph.view_as(self.plan.graph)
-        self.calls = Calls(job)
+        self.calls = Calls(job) if job.taken is None else job.taken.calls
         self.chain: Chain | None = None
         self._tasks: dict[int, Task] = {}
 
@@ -174,10 +174,9 @@ class WayBack(Way):
     def states(self) -> Iterator[State]:
         """The forward pass: the states at the nodes after the first."""
         job, count = self.job, len(self.plan.intervals)
-        inner, inside = self.plan.floating().states(job.x.detach(), self.calls), job.x.detach()
+        inner, inside = self._forward(), job.x.detach()
         outer, token, record = job.x, None, Record()
         for index in range(count):
-            self.calls.enter(index)
             with torch.no_grad():
                 end = next(inner)
             if index == 0 and torch.is_grad_enabled():
@@ -194,6 +193,19 @@ class WayBack(Way):
                 outer, token = link(self, first, index + 1, record, end, outer, token)
                 record, end = {}, outer
             yield end
+        if job.taken is not None:
+            job.taken.drop()
+
+    def _forward(self) -> Iterator[Tensor]:
+        """The states at the nodes after the first, without a graph."""
+        if (taken := self.job.taken) is not None:
+            while taken.states:
+                yield taken.states.popleft()
+            return
+        inner = self.plan.floating().states(self.job.x.detach(), self.calls)
+        for index in range(len(self.plan.intervals)):
+            self.calls.enter(index)
+            yield next(inner)
 
     def boundary_terms(self, first: int, last: int, record: Record, ends: tuple[Tensor, Tensor]) -> Tensor:
         """:meth:`by_times` of the true flow: a · dx/dt at the end and -a · dx/dt at the start; 0 by all other nodes.

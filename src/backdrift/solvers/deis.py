@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..forms import Form, Node
-from .adams import Extrapolating
+from .adams import Extrapolating, Start
 from .base import Solver
 from .runge_kutta import Euler
 
@@ -37,30 +37,34 @@ class DEIS(Extrapolating):
     """DEIS: eps is extrapolated by a polynomial in t (tAB-DEIS, Zhang & Chen 2023) or in log rho.
 
     Orders 1 to 4, one evaluation a step; the first ``order - 1`` steps are taken by Heun's method (order 2) or the
-    classical Runge–Kutta method, and a step to sigma = 0 by Euler's (DDIM). Works on the exponential form.
+    classical Runge–Kutta method, or rise in order (``start="rising"``, see :class:`~backdrift.solvers.AdamsBashforth`;
+    so does diffusers' scheduler), and a step to sigma = 0 is Euler's (DDIM). Works on the exponential form.
 
     Args:
         order: 1, 2, 3 or 4 (1 is Euler).
         clock: the polynomial's variable, ``"t"`` or ``"lam"`` = -log rho. For rho itself take
             :class:`~backdrift.solvers.AdamsBashforth`.
+        start: ``"runge-kutta"`` or ``"rising"``.
 
     Raises:
-        InputError: another order or clock.
+        InputError: another order, clock or start.
     """
 
     forms = ("exponential",)
     default_form = "exponential"
 
-    def __init__(self, order: int = 3, clock: Literal["t", "lam"] = "t") -> None:
-        super().__init__(order)
+    def __init__(
+        self, order: int = 3, clock: Literal["t", "lam"] = "t", start: Start = "runge-kutta"
+    ) -> None:
+        super().__init__(order, start)
         if clock not in ("t", "lam"):
             raise InputError(
                 f"the clock of DEIS is 't' or 'lam'; got {clock!r} (AdamsBashforth is the one with rho itself)"
             )
         self.clock = clock
 
-    def __repr__(self) -> str:
-        return f"DEIS({self.order})" if self.clock == "t" else f"DEIS({self.order}, clock='lam')"
+    def _settings(self) -> list[str]:
+        return (["clock='lam'"] if self.clock == "lam" else []) + super()._settings()
 
     def spans(self, a: Node, b: Node) -> bool:
         return a.s > 0 and b.s > 0  # log rho is finite
