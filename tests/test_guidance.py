@@ -199,6 +199,25 @@ def test_conditioning_per_step_holds_in_its_steps() -> None:
     assert not torch.equal(run(other, 4), run(cond, 4))
 
 
+def test_backward_guidance_is_an_option() -> None:
+    """One guided step, by hand: x0 moved down the loss twice, DDIM from there, then the pull."""
+    schedule, x = VP.linear(), start(2)
+    options: dict[str, Any] = {"steps": [2], "strength": Constant(0.7), "backward": 2, "backward_rate": 0.05}
+    found = guided_run(bd.SymplecticAdjointGuidance(bright, 1, **options), x, trajectory=True).trajectory
+    times = times_at(schedule, RHOS)
+    model, _ = denoiser(schedule, "epsilon", 2.0)
+    (a, sg), (a2, sg2) = level(schedule, times[2]), level(schedule, times[3])
+    leaf = found[2].detach().requires_grad_()
+    x0 = (leaf - sg * model(leaf, times[2], torch.full((1, 3, 2, 2), 0.1, dtype=torch.float64))) / a
+    (g,) = torch.autograd.grad(bright(x0).sum(), leaf, retain_graph=True)
+    moved = x0.detach()
+    for _ in range(2):
+        z = moved.requires_grad_()
+        moved = (z - 0.05 * torch.autograd.grad(bright(z).sum(), z)[0]).detach()
+    stepped = a2 * moved + sg2 * (leaf - a * moved) / sg
+    torch.testing.assert_close(found[3], (stepped - 0.7 * g).detach(), rtol=1e-12, atol=1e-12)
+
+
 # -- samplers with a memory ------------------------------------------------------------------------
 
 
@@ -369,6 +388,8 @@ def test_bad_input_is_refused_before_any_sampling(make: Any, words: str) -> None
         ({"solver": bd.EDICT()}, "explicit solver"),
         ({"seed": -1}, "seed is a whole number"),
         ({"decode": 3}, "decode must be callable"),
+        ({"backward": -1}, "backward is a whole number"),
+        ({"backward_rate": 0.0}, "backward_rate must be positive"),
     ],
 )
 def test_impossible_settings(settings: dict[str, Any], words: str) -> None:

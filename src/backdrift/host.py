@@ -147,6 +147,10 @@ class Host(ABC):
         after the last call.
         """
 
+    def renew(self) -> None:
+        """From here on, noise that the sampler's own step adds is drawn anew; each :meth:`step` until the next renewal
+        adds the same. Nothing happens where the noise is a path that does not depend on the steps."""
+
     @abstractmethod
     def continuation(self, evaluation: Evaluation) -> Continuation:
         """How to solve the probability-flow ODE from the evaluation's state to the end."""

@@ -166,6 +166,7 @@ class Guidance:
         x, following = host.x, host.x
         for number in range(self._attempts[host.index]):
             if number:
+                host.renew()
                 x = renoised(following, host.end, host.start, self._streams.like(following))
             following = self._attempt(host, x, number, guided)
         return following

@@ -100,8 +100,8 @@ def called_back(guidance: Guidance, pipe: Any, step: int, kwargs: dict[str, Any]
     latents = kwargs.get(STATE)
     if not isinstance(latents, Tensor):
         raise InputError(
-            "guidance needs the latents in its callback: leave callback_on_step_end_tensor_inputs at its default, or put "
-            f"'latents' into it; got {sorted(kwargs)}"
+            "guidance needs the latents in its callback: leave callback_on_step_end_tensor_inputs at its default, or "
+            f"put 'latents' into it; got {sorted(kwargs)}"
         )
     if torch.is_inference_mode_enabled():
         raise InputError("guidance inside torch.inference_mode(): leave that, it forbids gradients")

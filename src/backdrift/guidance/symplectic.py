@@ -23,6 +23,7 @@ from ..errors import InputError
 from ..gradients import GradientMethod, SymplecticAdjoint
 from ..solvers import Euler, Solver
 from .attempt import Attempt
+from .backward import displaced
 from .base import Guidance, Losses
 from .estimate import Estimator
 from .strengths import Strength, rms, strength_of
@@ -76,10 +77,21 @@ class Pull:
     Args:
         n: steps of the estimate: a number, one for each step of the run, or :class:`Adaptive`.
         strength: eta.
+        backward: steps of gradient descent on the one-step estimate before the sampler's step
+            (:mod:`~backdrift.guidance.backward`).
+        rate: of that descent.
     """
 
     n: int | tuple[int, ...] | Adaptive
     strength: Strength
+    backward: int = 0
+    rate: float = 0.01
+
+    def __post_init__(self) -> None:
+        if isinstance(self.backward, bool) or not isinstance(self.backward, int) or self.backward < 0:
+            raise InputError(f"backward is a whole number of steps >= 0; got {self.backward!r}")
+        if not (self.rate > 0 and math.isfinite(self.rate)):
+            raise InputError(f"backward_rate must be positive; got {self.rate!r}")
 
     def begin(self) -> None:
         """A new run."""
@@ -115,7 +127,11 @@ class Pull:
             self.n.learn(n, estimate.x0, attempt.clean(n + 1))
         eta = self.strength(attempt.evaluation, estimate.pull)
         attempt.note(loss=estimate.values, strength=eta, pull=estimate.pull, n=estimate.n)
-        return attempt.pushed(attempt.take(), eta * estimate.pull)
+        evaluation = attempt.evaluation
+        if self.backward:
+            x0 = evaluation.x0
+            evaluation = evaluation.with_x0(x0 + displaced(attempt, x0, self.backward, self.rate))
+        return attempt.pushed(attempt.take(evaluation), eta * estimate.pull)
 
 
 class SymplecticAdjointGuidance(Guidance):
@@ -141,6 +157,9 @@ class SymplecticAdjointGuidance(Guidance):
         solver: of the estimate; any explicit one.
         gradient: any gradient method that takes the solver. The default makes n forward calls a step, the sampler's own
             among them, n again on the way back, and n vector–Jacobian products, with one call's activations at a time.
+        backward: steps of Universal Guidance's backward guidance before each guided step: gradient descent on the
+            one-step estimate, at ``backward_rate`` times the loss's gradient, with no call of the network.
+        backward_rate: see there.
         maximize: let the loss rise.
         seed: of the fresh noise of time travel; one number, or one for each sample. Samples have streams of their own.
         decode: clean samples -> pictures, in place of the pipeline's own decoder; needed by ``bd.sample`` where the
@@ -169,6 +188,8 @@ class SymplecticAdjointGuidance(Guidance):
         subgrid: str = "paper",
         solver: Solver | None = None,
         gradient: GradientMethod | None = None,
+        backward: int = 0,
+        backward_rate: float = 0.01,
         maximize: bool = False,
         seed: int | Sequence[int] = 0,
         decode: Callable[[Tensor], Tensor] | None = None,
@@ -177,7 +198,7 @@ class SymplecticAdjointGuidance(Guidance):
         prompts: Sequence[str] | None = None,
     ) -> None:
         super().__init__(
-            Pull(_steps(n), strength_of(strength)),
+            Pull(_steps(n), strength_of(strength), backward, backward_rate),
             loss,
             estimator=Estimator(check_subgrid(subgrid), solver or Euler(), gradient or SymplecticAdjoint()),
             start=start,

@@ -22,11 +22,13 @@ from ..errors import InputError, UnsupportedError
 from .captured import CapturedHost, Given
 from .clone import clone_of
 from .decoding import Decoder
-from .forwards import own_forwards
+from .forwards import check_networks, own_forwards
 from .levels import Levels, levels_of, position_of
 from .offloaded import execution_device
 from .recorded import Recorded
+from .refusals import check_components
 from .shadow import shadow, unwrapped
+from .states import check_states
 from .stepped import KEY as _KEY
 from .stepped import Stepping
 from .stepping import _is_denoiser
@@ -58,7 +60,8 @@ class Capture:
         prompts: as given; may be changed at any time.
 
     Raises:
-        UnsupportedError: the pipeline has no such scheduler or networks.
+        UnsupportedError: the pipeline has no such scheduler or networks, or hooks or attention processors through which
+            no gradient passes.
         InputError: it is listened to already.
     """
 
@@ -72,6 +75,9 @@ class Capture:
         done: int = 0,
         opening: Opening | None = None,
     ) -> None:
+        check_components(pipe)
+        check_networks(pipe)
+        check_states(pipe)
         own = vars(pipe)
         self._denoisers = {name: value for name, value in own.items() if _listens(value)}
         scheduler = own.get("scheduler")
@@ -216,6 +222,7 @@ class Capture:
             stepping.sample,
             stepping.output,
             stepping.again,
+            stepping.renew,
             self._frozen,
             self._decoder.of(calls),
             self._asleep,

@@ -34,6 +34,7 @@ class Given:
         output: what the scheduler was given as the network's output.
         time: what it was given as the time.
         step: the scheduler's own step as ``step(sample, output)``, from what it remembered before.
+        renew: lets the next steps draw other noise.
         frozen: gives a frozen copy of a component.
         decode: pictures of clean latents.
         asleep: a block inside of which nothing is taken down.
@@ -46,6 +47,7 @@ class Given:
     sample: Tensor
     output: Tensor
     step: Callable[[Tensor, Tensor], Tensor]
+    renew: Callable[[], None]
     frozen: Callable[[Recorded], nn.Module]
     decode: Callable[[Tensor], Tensor]
     asleep: Callable[[], AbstractContextManager[Any]]
@@ -56,7 +58,7 @@ class CapturedHost(Host):
 
     The state and the evaluations are float32 (or float64) whatever the networks' dtype; the scheduler gets its own
     dtypes back, so a step that nothing has changed is the pipeline's own to the last bit. A scheduler that draws noise
-    draws the same noise whenever the step is taken again.
+    draws the same noise whenever the step is taken again, until :meth:`renew`.
 
     A scheduler that clips or thresholds x0 does so in its own step; the continuation does not. What its settings say
     of the prediction, the levels, and the rule by which the network's two halves are combined, is taken from the step
@@ -115,6 +117,10 @@ class CapturedHost(Host):
         given = self._given
         with torch.no_grad(), given.asleep():
             return _raised(given.step(x.to(given.sample), evaluation.output.to(given.output)))
+
+    def renew(self) -> None:
+        """From here on, noise that the scheduler adds is drawn anew."""
+        self._given.renew()
 
     def continuation(self, evaluation: Evaluation) -> Continuation:
         """The probability-flow ODE of the step's own networks, from the evaluation's state to the end of the run.

@@ -142,7 +142,9 @@ class Recorded:
         """
         own = exchanged or {}
         # Copies every time: some networks take elements out of the lists that they are given.
-        args, kwargs = nests.transform(lambda t: own.get(id(t), t), (tuple(self.args), dict(self.kwargs)))
+        args, kwargs = nests.transform(
+            lambda t: own[id(t)] if id(t) in own else t.detach(), (tuple(self.args), dict(self.kwargs))
+        )
         given = _argument(self.names, self.names[0], self.args, self.kwargs)
         rows = (
             z.to(given.dtype).repeat(where.copies, *[1] * (z.ndim - 1))

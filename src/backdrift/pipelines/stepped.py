@@ -39,7 +39,7 @@ class Stepping:
         bound = dict(zip(names, args, strict=False)) | dict(kwargs)
         self._kwargs = {k: v for k, v in bound.items() if k not in ("sample", "model_output")}
         self._state = {key: value for key, value in _copied(vars(scheduler)).items() if key != KEY}
-        self._random = _Random(self._kwargs.get("generator"), self.sample.device)
+        self._random = _Random(scheduler, self._kwargs, self.sample.device)
 
     def again(self, sample: Tensor, output: Tensor) -> Tensor:
         """The state after the step from ``sample``, if the network had said ``output``."""
@@ -53,6 +53,10 @@ class Stepping:
         if state is None:
             raise UnsupportedError(f"{type(self._scheduler).__name__}.step returned no tensor")
         return state
+
+    def renew(self) -> None:
+        """Draw other noise in the steps from here on: what the generators give next."""
+        self._random = _Random(self._scheduler, self._kwargs, self.sample.device)
 
     def with_state(self, state: Tensor) -> Any:
         """The scheduler's own output with another state in it, in the dtype of its own.
@@ -74,12 +78,16 @@ class Stepping:
 
 
 class _Random:
-    """The state of the generators that a step may draw from."""
+    """The state of the generators that a step draws from."""
 
-    def __init__(self, generator: Any, device: torch.device) -> None:
+    def __init__(self, scheduler: Any, kwargs: dict[str, Any], device: torch.device) -> None:
+        generator = kwargs.get("generator")
         given = generator if isinstance(generator, list | tuple) else [generator]
         self._given = [g for g in given if isinstance(g, torch.Generator)]
-        self._device = device
+        # The global ones belong to all threads: they are left alone where nothing is drawn.
+        self._global = not self._given and _draws(scheduler, kwargs)
+        self._accelerator = getattr(torch, device.type) if device.type in ("cuda", "xpu", "mps") else None
+        self._index = () if device.type == "mps" else (device,)
         self._states = self._read()
 
     @contextmanager
@@ -90,24 +98,36 @@ class _Random:
         try:
             yield
         finally:
-            # A step that drew nothing leaves what others (a loss, say) have drawn from the global ones meanwhile.
+            # A step that drew nothing leaves what others (a loss, say) have drawn from them meanwhile.
             if all(map(torch.equal, self._read(), self._states)):
                 self._write(now)
 
     def _read(self) -> list[Tensor]:
-        if self._given:
-            return [generator.get_state() for generator in self._given]
-        states = [torch.get_rng_state()]
-        return [*states, torch.cuda.get_rng_state(self._device)] if self._device.type == "cuda" else states
+        states = [generator.get_state() for generator in self._given]
+        if self._global:
+            states.append(torch.get_rng_state())
+            if self._accelerator is not None:
+                states.append(self._accelerator.get_rng_state(*self._index))
+        return states
 
     def _write(self, states: list[Tensor]) -> None:
-        if self._given:
-            for generator, state in zip(self._given, states, strict=True):
-                generator.set_state(state)
-            return
-        torch.set_rng_state(states[0])
-        if self._device.type == "cuda":
-            torch.cuda.set_rng_state(states[1], self._device)
+        for generator, state in zip(self._given, states, strict=False):
+            generator.set_state(state)
+        if self._global:
+            torch.set_rng_state(states[0])
+            if self._accelerator is not None:
+                self._accelerator.set_rng_state(states[1], *self._index)
+
+
+def _draws(scheduler: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a scheduler's step may add noise."""
+    config = scheduler.config
+    return bool(
+        type(scheduler).__name__ in ("DDPMScheduler", "EulerAncestralDiscreteScheduler")
+        or kwargs.get("eta")
+        or str(config.get("algorithm_type")).startswith("sde")
+        or config.get("stochastic_sampling")
+    )
 
 
 def _copied(state: Any) -> dict[str, Any]:
