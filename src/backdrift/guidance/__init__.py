@@ -24,6 +24,6 @@ __all__ = [
     "Relative",
     "Rule",
     "SymplecticAdjointGuidance",
-    "guide",
     "UniversalGuidance",
+    "guide",
 ]

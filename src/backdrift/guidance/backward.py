@@ -2,8 +2,8 @@
 
     D  = argmin_D L(x0 + D), by m steps of gradient descent from D = 0
 
-and the sampler goes on as if its network had said x0 + D: in the paper's words eps' = eps - (alpha/sigma) D. It needs no
-gradient through the network.
+and the sampler goes on as if its network had said x0 + D: in the paper's words eps' = eps - (alpha/sigma) D. It needs
+no gradient through the network.
 """
 
 from __future__ import annotations
