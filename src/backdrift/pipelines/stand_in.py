@@ -36,7 +36,9 @@ def answer(shape: Any, tensors: Sequence[torch.Tensor], reached: Callable[[], No
     for leaf in leaves:
         map_tensors(leaf, collect)
     sizes = [(x.shape, x.dtype) for x in graded]
-    live = iter(_StandIn.apply(reached, list(tensors), sizes, *tensors) if graded else ())
+    # Where only weights are trained no argument requires grad, and yet the output does.
+    anchor = torch.empty(0, requires_grad=True)
+    live = iter(_StandIn.apply(reached, list(tensors), sizes, anchor, *tensors) if graded else ())
 
     def real(x: torch.Tensor) -> torch.Tensor:
         return next(live) if x.requires_grad else torch.zeros(x.shape, dtype=x.dtype)
@@ -46,7 +48,14 @@ def answer(shape: Any, tensors: Sequence[torch.Tensor], reached: Callable[[], No
 
 class _StandIn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, reached: Callable[[], None], held: Any, sizes: Any, *tensors: torch.Tensor) -> Any:
+    def forward(
+        ctx: Any,
+        reached: Callable[[], None],
+        held: Any,
+        sizes: Any,
+        anchor: torch.Tensor,
+        *tensors: torch.Tensor,
+    ) -> Any:
         ctx.reached, ctx.held = reached, held
         ctx.like = [(t.shape, t.dtype) if t.requires_grad else None for t in tensors]
         return tuple(torch.zeros(shape, dtype=dtype) for shape, dtype in sizes)
@@ -56,7 +65,7 @@ class _StandIn(torch.autograd.Function):
         ctx.reached()
         ctx.held = None
         zeros = [None if size is None else torch.zeros(size[0], dtype=size[1]) for size in ctx.like]
-        return None, None, None, *zeros
+        return None, None, None, None, *zeros
 
 
 def template(out: Any) -> Any:
