@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -102,34 +102,29 @@ def _decoder(pipe: Any, absent: list[str]) -> Iterator[Row]:
         )  # fmt: skip
 
 
-def _offloading(pipe: Any, refused: set[str]) -> Iterator[Row]:
-    for key, module in modules(pipe).items():
-        found = look.offloading(module)
+def _handled(
+    parts: dict[str, Any], look_for: Callable[[Any], str], refused: set[str], title: str, told: str
+) -> Iterator[Row]:
+    """A row for each network in which something is found that a run takes care of; ``told`` says how."""
+    for key, module in parts.items():
+        found = look_for(module)
         if found and key not in refused:
-            yield Row(
-                "handled", TOPIC, f"{key}: offloading",
-                f"{found}: a run keeps one phase's networks on the device at a time, forward and backward",
-            )  # fmt: skip
+            yield Row("handled", TOPIC, f"{key}: {title}", told.format(found))
+
+
+def _offloading(pipe: Any, refused: set[str]) -> Iterator[Row]:
+    told = "{}: a run keeps one phase's networks on the device at a time, forward and backward"
+    return _handled(modules(pipe), look.offloading, refused, "offloading", told)
 
 
 def _caches(pipe: Any, refused: set[str]) -> Iterator[Row]:
-    for key, module in networks(pipe).items():
-        found = look.caches(module)
-        if found and key not in refused:
-            yield Row(
-                "handled", TOPIC, f"{key}: hooks",
-                f"{found}: a redone call finds the state that the first one found; gradients pass skipped steps",
-            )  # fmt: skip
+    told = "{}: a redone call finds the state that the first one found; gradients pass skipped steps"
+    return _handled(dict(networks(pipe)), look.caches, refused, "hooks", told)
 
 
 def _forwards(pipe: Any, refused: set[str]) -> Iterator[Row]:
-    for key, module in networks(pipe).items():
-        found = look.own_forwards(module)
-        if found and key not in refused:
-            yield Row(
-                "handled", TOPIC, f"{key}: own forward",
-                f"a function stands in place of forward in {found}; it only calls layers, and is followed",
-            )  # fmt: skip
+    told = "a function stands in place of forward in {}; it only calls layers, and is followed"
+    return _handled(dict(networks(pipe)), look.own_forwards, refused, "own forward", told)
 
 
 def _compiled(pipe: Any) -> Iterator[Row]:
