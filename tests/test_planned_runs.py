@@ -142,7 +142,7 @@ def test_a_remembered_job_keeps_neither_pipeline_nor_loss_alive() -> None:
 
 
 def test_what_is_only_planned_for_is_refused_by_name() -> None:
-    for changed in ({"weights": "offload"}, {"latents": "cpu"}, {"loss": 1}):
+    for changed in ({"weights": "offload"}, {"loss": 1}):
         with pytest.raises(UnsupportedError, match=next(iter(changed))):
             bd.differentiable(tiny_sd(), memory=bd.Choices(keep=0, **changed))
 

@@ -30,11 +30,13 @@ class MemoryPlan:
             (a budget from the memory that is free at the first call), ``"bytes"`` or ``"keep"``.
         budget: bytes, for mode ``"bytes"``.
         keep: how many network calls keep their activations, for mode ``"keep"``: the last ones.
+        park: in mode ``"keep"``, whether the arguments of the other calls wait in host memory.
     """
 
     mode: Literal["min", "max", "auto", "bytes", "keep"]
     budget: int | None = None
     keep: int = 0
+    park: bool = False
 
     @classmethod
     def parse(cls, memory: MemoryPlan | str | int) -> MemoryPlan:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from .ambient import Ambient
 from .errors import StateChangedError
+from .parking import Parked, View, parkable
 from .residence import Place, place_of
 from .weights import Weights
 
@@ -33,7 +34,7 @@ class _Ticket:
     frame: Frame
     index: int
     tensor: torch.Tensor | None
-    place: Place | None  # of a weight that is on the device for its call only
+    place: Place | View | None  # of a weight that is on the device for its call only, or of a parked argument
     version: int
     shape: torch.Size
 
@@ -68,6 +69,7 @@ class Frame:
         self.nbytes = 0
         self.dropped = False
         self.remade: dict[int, list[tuple[torch.Tensor, int] | None]] = {}
+        self._lent: list[weakref.ref[_Ticket]] = []  # those that hold arguments
         self._permanent = weights.storages | {t.untyped_storage()._cdata for t in self.tensors}
         self._counted: set[int] = set()
         self._checked = -1  # the backward pass (graph task) in which the weights were compared last
@@ -89,6 +91,8 @@ class Frame:
             # weights may be converted in place after its call.
             ticket.tensor = tensor.detach()
             tickets.append(None)
+            if key not in self.weights.storages:
+                self._lent.append(weakref.ref(ticket))
             return ticket
         ticket.shape = tensor.shape
         # Detached: a saved output would otherwise hold its own graph, a cycle only the collector frees.
@@ -106,7 +110,8 @@ class Frame:
     def unpack(self, ticket: _Ticket) -> torch.Tensor:
         """Give the tensor back to autograd (the second hook), made again if it was dropped."""
         if ticket.place is not None:
-            self._check_weights()
+            if isinstance(ticket.place, Place):
+                self._check_weights()
             return ticket.place.tensor()
         tensor, version = ticket.tensor, ticket.version
         if tensor is None:
@@ -139,6 +144,48 @@ class Frame:
         """The storages that tickets still hold."""
         tickets = [ref() for ref in self.tickets if ref is not None]
         return {t.tensor.untyped_storage()._cdata for t in tickets if t is not None and t.tensor is not None}
+
+    def park(self, keys: set[int]) -> set[int]:
+        """Send the arguments in the storages ``keys`` to wait on the host; the storages that are let go thereby.
+
+        One that has been edited stays, for :meth:`_check` to see.
+        """
+        away: set[int] = set()
+        for key in keys:
+            places = [
+                i
+                for i, x in enumerate(self.leaves)
+                if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata == key
+            ]
+            tensors = [self.leaves[i] for i in places]
+            unedited = all(
+                tensor._version == version and tensor.requires_grad == flag
+                for tensor, version, flag in zip(self.tensors, self.versions, self.flags, strict=True)
+                if tensor.untyped_storage()._cdata == key
+            )
+            if not tensors or not unedited or not all(map(parkable, tensors)):
+                continue
+            parked = [Parked(tensor) for tensor in tensors]
+            lent = [t for ref in self._lent if (t := ref()) is not None and t.tensor is not None]
+            lent = [t for t in lent if t.tensor.untyped_storage()._cdata == key]  # type: ignore[union-attr]
+            views = [next((v for p in parked if (v := p.view(t.tensor))), None) for t in lent]  # type: ignore[arg-type]
+            if None in views:
+                continue
+            for ticket, view in zip(lent, views, strict=True):
+                ticket.place, ticket.tensor = view, None
+            for i, one in zip(places, parked, strict=True):
+                self.leaves[i] = one
+            away.add(key)
+        if away:
+            still = [
+                entry
+                for entry in zip(self.tensors, self.versions, self.flags, strict=True)
+                if entry[0].untyped_storage()._cdata not in away
+            ]
+            self.tensors = [tensor for tensor, _, _ in still]
+            self.versions = [version for _, version, _ in still]
+            self.flags = [flag for _, _, flag in still]
+        return away
 
     def _from_redo(self, ticket: _Ticket) -> tuple[torch.Tensor, int]:
         task = torch._C._current_graph_task_id()
@@ -189,7 +236,8 @@ class Frame:
                 store[i] = detached, tensor._version
             return detached
 
-        args, kwargs = pytree.tree_unflatten(self.leaves, self.spec)
+        leaves = [x.argument() if isinstance(x, Parked) else x for x in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         with (
             self.ledger.redoing(self),
             self.weights.restored(),

@@ -22,6 +22,7 @@ class Claim:
         arguments: storages of the call's arguments: held as long as the call may have to be redone.
         saved: storages of what autograd saved, as long as they are held.
         plain_bytes: for a plain call, its bytes as measured on the first of its kind.
+        call: number of the call that it is, or is a part of.
     """
 
     owner: weakref.ref[Any]
@@ -31,6 +32,8 @@ class Claim:
     plain_bytes: int = 0
     held: bool = True
     reached: bool = False  # by a backward pass
+    call: int = 0
+    parked: bool = False  # its arguments have been looked through
 
 
 class Holdings:
@@ -46,15 +49,16 @@ class Holdings:
         self._count: dict[int, list[int]] = {}  # storage -> [claims on it, its bytes]
         self._claims: dict[int, Claim] = {}
         self._gone: list[int] = []
-        self._serial = 0
+        self._serial = self._call = 0
 
     def open(self, owner: object, role: str, plain_bytes: int = 0) -> int:
         """A new claim, the youngest; its serial number."""
         serial, gone = self._serial, self._gone
         self._serial += 1
         self._claims[serial] = Claim(
-            weakref.ref(owner, lambda _: gone.append(serial)), role, plain_bytes=plain_bytes
+            weakref.ref(owner, lambda _: gone.append(serial)), role, plain_bytes=plain_bytes, call=self._call
         )
+        self._call += not role.endswith("part")
         self.live += plain_bytes
         return serial
 
@@ -106,6 +110,28 @@ class Holdings:
         for serial, claim in list(self._claims.items()):
             if claim.role == role and serial != but and claim.held:
                 self.drop(serial)
+
+    def park(self, *, but: int) -> None:
+        """Send the arguments of dropped calls to wait on the host, those that no other call has too.
+
+        Calls of which a part is held, or is the one with serial ``but``, are left for later: parts share a storage.
+        """
+        here = {c.call for serial, c in self._claims.items() if c.held or serial == but}
+        ready = [c for c in self._claims.values() if not c.parked and c.call not in here]
+        calls: dict[int, set[int]] = {key: set() for c in ready for key in c.arguments}  # that have a storage
+        for claim in self._claims.values():
+            for key in calls.keys() & (claim.arguments | claim.saved):
+                calls[key].add(claim.call)
+        before = self.live
+        for claim in ready:
+            claim.parked = True
+            frame: Frame | None = claim.owner()
+            own = {key for key in claim.arguments if len(calls[key]) == 1}
+            if frame is not None and own:
+                away = frame.park(own)
+                claim.arguments -= away
+                self._release(away)
+        self.arguments -= before - self.live
 
     def tidy(self) -> None:
         """Forget calls whose graphs have died, and recount those that a backward pass has begun to free."""

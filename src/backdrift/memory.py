@@ -259,6 +259,8 @@ class Ledger:
             )
         if frame.role.startswith("decoder"):
             self._holdings.drop_role("decoder part", but=frame.serial)
+        if self.plan.park:
+            self._holdings.park(but=frame.serial)
 
     def _count_arguments(self, short: Shortage, leaves: list[Any], weights: Weights) -> None:
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]

@@ -23,6 +23,14 @@ SHOW_FLAGGED: Any = Field(
 )
 
 
+THROUGH: Any = Field(
+    "all",
+    description="Which steps of the sampler carry the gradient: all, last:3, random:3, steps:0,5,-1; with options such "
+    "as last:3,detach_input,discount=0.9,clip_step=1.",
+    json_schema_extra={"complete": ["all", "last:3", "random:3"]},
+)
+
+
 class Sampling(Settings):
     """How pictures are made."""
 
@@ -70,6 +78,7 @@ class Descending(Sampling):
         description="Memory plan: auto, min, max, or a budget such as 6GiB.",
         json_schema_extra={"complete": ["auto", "min", "max", "4GiB", "8GiB", "16GiB"]},
     )
+    through: str = THROUGH
     clamp: bool = Field(False, description="Clamp pictures to [0, 1] before the loss, which loses gradient.")
     checkpoint_every: int = Field(1, ge=1, description="Iterations between checkpoints.")
     resume: bool = Field(
@@ -84,8 +93,8 @@ class Descending(Sampling):
         """The keywords that ``bd.optimize`` and ``bd.invert`` share."""
         names = (
             "height", "width", "num_inference_steps", "steps", "seed", "optimizer", "lr", "lr_schedule",
-            "clip_grad", "patience", "minibatch", "chunk", "memory", "clamp", "checkpoint_every", "resume", "out",
-            "progress",
+            "clip_grad", "patience", "minibatch", "chunk", "memory", "clamp", "through", "checkpoint_every", "resume",
+            "out", "progress",
         )  # fmt: skip
         more = {"negative_prompt": self.negative_prompt} if self.negative_prompt is not None else None
         return {name: getattr(self, name) for name in names} | {"pipeline_kwargs": more}

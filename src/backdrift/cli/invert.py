@@ -61,6 +61,9 @@ def invert(settings: InvertSettings) -> None:
     """
     if (settings.pairs is None) == (settings.effect is None):
         raise InputError("Give either --pairs FILE, or --effect WORDS with prompts to make the pairs from.")
+    from ..through import Through
+
+    Through.parse(settings.through)  # before the pipeline is loaded: a bad choice costs no time
     pairs: list[Any] = read_pairs(settings.pairs) if settings.pairs is not None else []
     if settings.effect is not None and not settings.prompt:
         raise InputError(

@@ -35,12 +35,6 @@ class OptimizeSettings(Descending):
     batch_size: int = Field(1, ge=1, description="Pictures per prompt.")
     rank: int | None = Field(None, ge=1, description="Rank of a new LoRA, with --over lora.")
     noise_prior: float = Field(0.0, ge=0, description="Weight of the Gaussian prior on the noise.")
-    through: str = Field(
-        "all",
-        description="Which steps of the sampler carry the gradient: all, last:3, random:3, steps:0,5,-1; with "
-        "options such as last:3,detach_input,discount=0.9,clip_step=1.",
-        json_schema_extra={"complete": ["all", "last:3", "random:3"]},
-    )
     enough: float | None = Field(None, description="Stop when the score is at most this.")
     heldout: str | None = Field(
         None, description="A loss that is not optimised and decides which pictures are best."
@@ -60,7 +54,7 @@ def optimize(settings: OptimizeSettings) -> None:
     from ..through import Through
 
     loss = resolve(settings.loss)  # before the pipeline is loaded: a bad name costs no time
-    through = Through.parse(settings.through)
+    Through.parse(settings.through)
     heldout = None if settings.heldout is None else resolve(settings.heldout)
     pipe = open_pipeline(settings)
     run = backdrift.optimize(
@@ -72,7 +66,6 @@ def optimize(settings: OptimizeSettings) -> None:
         rank=settings.rank,
         guidance_scale=settings.guidance_scale,
         noise_prior=settings.noise_prior,
-        through=through,
         enough=settings.enough,
         heldout=heldout,
         heldout_prompts=settings.heldout_prompts,

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from .command import command
 from .config import Bare
+from .fields import THROUGH
 from .pipeline import quiet
 
 
@@ -37,6 +38,7 @@ class PlanSettings(Bare):
         json_schema_extra={"default": "one that needs no network"},
     )  # fmt: skip
     train: str | None = Field(None, description="Weights that get gradients: lora, a component, a pattern.")
+    through: str = THROUGH
     rank: int = Field(16, ge=1, description="Rank of the LoRA that --train lora adds.")
     optimizer: str = Field("adamw", description="Optimizer of trained weights: adamw, adam, sgd, ...")
     batch: int = Field(1, ge=1, description="Pictures per call.")
@@ -66,9 +68,9 @@ def plan(settings: PlanSettings) -> None:
 
     made = make(
         settings.model, settings.height or settings.size, settings.width or settings.size, settings.steps,
-        memory=settings.budget, loss=settings.loss, train=settings.train, rank=settings.rank,
-        optimizer=settings.optimizer, batch=settings.batch, guidance=settings.guidance, dtype=settings.dtype,
-        tiles=settings.tiles, offload=settings.offload,
+        memory=settings.budget, loss=settings.loss, train=settings.train, through=settings.through,
+        rank=settings.rank, optimizer=settings.optimizer, batch=settings.batch, guidance=settings.guidance,
+        dtype=settings.dtype, tiles=settings.tiles, offload=settings.offload,
     )  # fmt: skip
     if settings.json_output:
         typer.echo(json.dumps(made.as_dict(), indent=2))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, MissingGradientError, NonFiniteError
+from ..losses.in_parts import InParts, scored_in_parts
 from ..stats import RunStats
 from ..trace import Trace
 from .options import Options
@@ -45,7 +46,8 @@ class Measure:
     """Makes pictures of examples and measures them.
 
     Args:
-        scorer: the loss inside the objective, for which a budget leaves room; None for one that needs none.
+        scorer: the loss inside the objective, for which a budget leaves room, evaluating it on a few pictures at a time
+            if that is what the plan says; None for one that needs none.
         stats: where network calls, redone calls, vector–Jacobian products and the peak are added up.
     """
 
@@ -53,7 +55,8 @@ class Measure:
         self, pipe: Any, variable: Variable, options: Options, scorer: Any, stats: dict[str, Any]
     ) -> None:
         self.pipe, self.variable, self.options, self.stats = pipe, variable, options, stats
-        self.scorer = scorer
+        self.scorer = None if scorer is None else InParts(scorer)
+        self._divided: Objective | None = None  # what has been found to have the same values in parts
 
     def __call__(
         self,
@@ -83,8 +86,7 @@ class Measure:
             check_finite(pictures=leaf)
             # The loss has its own graph, freed before the sampler's is walked: their memory does not add up.
             with torch.set_grad_enabled(gradient):
-                wide = leaf.float() if leaf.dtype in (torch.float16, torch.bfloat16) else leaf
-                values = check_values(objective(wide, chosen), len(part))
+                values = self._score(objective, leaf, chosen)
             check_finite(loss=values)
             if gradient:
                 pull = pull_on_pictures(values, leaf)
@@ -98,6 +100,21 @@ class Measure:
         check_finite(**{f"gradient of {name}": g for name, g in gradients.items()})
         flagged = torch.tensor(flags, device=images[0].device)
         return Measured(torch.cat(images), torch.cat(losses), gradients, flagged, Trace.together(traces))
+
+    def _score(self, objective: Objective, images: Tensor, chosen: Sequence[Example]) -> Tensor:
+        """The losses (n,), on as many pictures at a time as the plan of the last call with a gradient says."""
+
+        def score(part: Tensor, rows: slice) -> Tensor:
+            wide = part.float() if part.dtype in (torch.float16, torch.bfloat16) else part
+            return check_values(objective(wide, chosen[rows]), len(part))
+
+        size = None if self.scorer is None else self.scorer.size
+        known = objective is self._divided
+        if size is None or size >= len(images) or not (images.requires_grad or known):
+            return score(images, slice(0, len(images)))
+        values = scored_in_parts(score, images, size, check=not known)
+        self._divided = objective
+        return values
 
     def _generate(
         self,

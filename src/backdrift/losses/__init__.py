@@ -19,6 +19,7 @@ from .content import Content
 from .hpsv2 import HPSv2
 from .identity import Identity
 from .image_reward import ImageReward
+from .in_parts import InParts
 from .mse import MSE, load_picture
 from .perceptual import Perceptual, VGGContent, VGGStyle
 from .pickscore import PickScore
@@ -47,6 +48,7 @@ __all__ = [
     "Identity",
     "ImageEncoder",
     "ImageReward",
+    "InParts",
     "Loss",
     "Perceptual",
     "PickScore",

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..budget import MemoryPlan, format_size
 from ..errors import BudgetError, UnsupportedError
+from ..losses import InParts
 from ..planning.choices import Choices
 from ..planning.job import Job
 from ..planning.meta import weight_bytes
@@ -46,7 +47,7 @@ class Chooser:
             memory.choices if isinstance(memory, Plan) else memory if isinstance(memory, Choices) else None
         )
         self.memory = MemoryPlan("min") if self._fixed is not None else MemoryPlan.parse(memory)  # type: ignore[arg-type]
-        _check_supported(self._fixed, offloaded=execution_device(pipe) is not None)
+        _check_supported(self._fixed, execution_device(pipe) is not None, isinstance(loss, InParts))
 
     def choose(
         self, args: Any, kwargs: Any, noise: torch.Tensor | None, through: Through
@@ -56,6 +57,14 @@ class Chooser:
         Raises:
             BudgetError: nothing fits; names the smallest budget that works.
         """
+        choices, followed = self._chosen(args, kwargs, noise, through)
+        if isinstance(self._loss, InParts) and (self._fixed is not None or self.plan is not None):
+            self._loss.size = choices.loss
+        return choices, followed
+
+    def _chosen(
+        self, args: Any, kwargs: Any, noise: torch.Tensor | None, through: Through
+    ) -> tuple[Choices, MemoryPlan]:
         if self._fixed is not None:
             return self._fixed, _followed(self._fixed)
         if self.memory.mode != "bytes" or not torch.is_grad_enabled():
@@ -65,9 +74,16 @@ class Chooser:
             job = self._job(args, kwargs, noise, through)
         except UnsupportedError as problem:
             return Choices(), self._unplanned(budget, problem)
-        # A loss in parts is not for a run to make; weights wait elsewhere if the user has sent them there.
-        offloaded = execution_device(self._pipe) is not None
-        self.plan = make_plan(job, budget, offload=False, offloaded=offloaded, micro=False)
+        # A loss in parts is for its caller to make; weights wait elsewhere if the user has sent them there.
+        device = execution_device(self._pipe)
+        self.plan = make_plan(
+            job,
+            budget,
+            offload=False,
+            offloaded=device is not None,
+            park=(device or self._pipe.device).type != "cpu",
+            micro=isinstance(self._loss, InParts),
+        )
         return self.plan.choices, _followed(self.plan.choices)
 
     def _job(self, args: Any, kwargs: Any, noise: torch.Tensor | None, through: Through) -> Job:
@@ -109,27 +125,30 @@ class Chooser:
 
 
 def _followed(choices: Choices) -> MemoryPlan:
-    return MemoryPlan("max") if choices.keep is None else MemoryPlan("keep", keep=choices.keep)
+    if choices.keep is None:
+        return MemoryPlan("max")
+    return MemoryPlan("keep", keep=choices.keep, park=choices.latents == "cpu")
 
 
-def _check_supported(choices: Choices | None, offloaded: bool) -> None:
+def _check_supported(choices: Choices | None, offloaded: bool, in_parts: bool) -> None:
     """Raise for choices that a run cannot make.
 
     Raises:
-        UnsupportedError: latents on the CPU, a loss in parts, or weights that wait there although the pipeline is
-            not set up so.
+        UnsupportedError: a loss in parts that is the caller's own to evaluate, or weights that wait on the CPU although
+            the pipeline is not set up so.
     """
     if choices is None:
         return
-    for name, plain, instead in (
-        ("latents", "device", "leave them on the device, and pass choices with latents='device'"),
-        ("weights", "offload" if offloaded else "device", "call pipe.enable_model_cpu_offload() first"),
-        ("loss", None, "score a few pictures at a time yourself, and pass choices with loss=None"),
-    ):
-        if getattr(choices, name) not in (plain, "device"):
-            raise UnsupportedError(
-                f"{name}={getattr(choices, name)!r} is planned for, but a run does not do it by itself: {instead}"
-            )
+    if choices.weights == "offload" and not offloaded:
+        raise UnsupportedError(
+            "weights='offload' is planned for, but a run does not do it by itself: call "
+            "pipe.enable_model_cpu_offload() first"
+        )
+    if choices.loss is not None and not in_parts:
+        raise UnsupportedError(
+            f"loss={choices.loss!r} is planned for, but a run does not call your loss: score with "
+            "scorer = backdrift.losses.InParts(loss), and pass loss=scorer; or pass choices with loss=None"
+        )
 
 
 def _signature(args: Any, kwargs: Any, noise: torch.Tensor | None) -> Any:

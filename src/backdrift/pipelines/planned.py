@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..budget import parse_size
-from ..errors import InputError
+from ..errors import InputError, MissingGradientError
 from ..planning.choices import Choices
 from ..planning.job import Job
 from ..planning.plan import Plan, make_plan
@@ -43,6 +43,7 @@ def plan(
     loss: Any = None,
     memory: str | int | None = None,
     train: Train = None,
+    through: Through | str = "all",
     dtype: torch.dtype | str | None = None,
     batch: int = 1,
     guidance: bool = True,
@@ -69,10 +70,13 @@ def plan(
         num_inference_steps: of the sampler.
         loss: None, for one that holds a few pictures at most; ``"clip-vit-base-patch32"`` or
             ``"clip-vit-large-patch14"`` for a loss on such a network; or anything that
-            :func:`backdrift.losses.resolve` takes.
+            :func:`backdrift.losses.resolve` takes. Where the plan scores one picture at a time,
+            :func:`~backdrift.optimize` does so by itself, and :class:`backdrift.losses.InParts` elsewhere.
         memory: bytes of everything on the device, or a size such as ``"16GiB"``; None for no limit.
         train: which weights get gradients, as in :func:`~backdrift.differentiable`. ``"lora"`` on a model without
             adapters: of rank ``rank``, on the attentions' projections.
+        through: which steps carry the gradient, as in :func:`~backdrift.differentiable`; the others' calls keep nothing
+            and are not redone. Of ``Random(K)`` the first draw is counted; others differ little.
         dtype: of a model that is given by name or folder (default bfloat16); a pipeline has its own.
         batch: pictures per call.
         guidance: whether a guidance scale above 1 doubles the batch, where the pipeline does that.
@@ -86,6 +90,7 @@ def plan(
     Raises:
         BudgetError: ``memory`` is malformed or too small; names the smallest that works.
         InputError: an unknown model, loss or optimizer, or a size that does not fit.
+        MissingGradientError: ``through`` cuts the noise off, and nothing else asks for a gradient.
         UnsupportedError: the pipeline's loop cannot be run on zeros.
 
     Example:
@@ -96,6 +101,7 @@ def plan(
     if batch < 1 or num_inference_steps < 1:
         raise InputError(f"batch={batch} and num_inference_steps={num_inference_steps} must be at least 1")
     budget = None if memory is None else parse_size(memory)
+    through = Through.parse(through)
     if isinstance(pipe, str | PathLike):
         pipe, size = configured(Path(pipe) if isinstance(pipe, PathLike) else pipe, _dtype(dtype))
         height, width = height or size, width or size
@@ -104,7 +110,12 @@ def plan(
     elif dtype is not None:
         raise InputError("dtype= is for models given by name or folder; a loaded pipeline has its own")
     arguments = _arguments(pipe, height, width, num_inference_steps, batch, guidance, call)
-    job = count_job(pipe, arguments, train, loss, OPTIMIZERS[optimizer])
+    job = count_job(pipe, arguments, train, loss, OPTIMIZERS[optimizer], through=through)
+    if not job.backward and not through.exact:
+        raise MissingGradientError(
+            f"through={through.spec!r} cuts the noise off, and no weights are trained, so there is no gradient to plan "
+            "for: name weights with train= (--train), or keep the state's path with Steps([...])"
+        )
     if offload is None:
         offload = pipe.device.type != "cpu"
     offloaded = execution_device(pipe) is not None
@@ -126,6 +137,9 @@ def count_job(
     """The job of one call with its loss and, per trained weight, ``states`` tensors of optimizer state."""
     job, pictures = rehearse(pipe, args, kwargs, train, clamp=clamp, noise=noise, through=through)
     scored, notes = count_loss(loss, pictures) if loss is not None and pictures is not None else (None, ())
+    if not through.exact:
+        some = f"{job.graded_calls} of {job.network_calls} network calls carry the gradient (through={through.spec!r})"
+        notes = (f"{some}; the others are made once and keep nothing.", *notes)
     return dataclasses.replace(job, loss=scored, state=states * job.gradients, notes=notes)
 
 

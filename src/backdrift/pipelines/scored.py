@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BackdriftError
-from ..losses import CLIPText, prepare, resolve
+from ..losses import CLIPText, InParts, prepare, resolve
 from ..losses import Loss as Scorer
 from ..planning.job import Loss
 from ..planning.meta import like, to_meta, weight_bytes
@@ -34,6 +34,7 @@ def count_loss(loss: Any, pictures: Tensor) -> tuple[Loss | None, tuple[str, ...
         InputError: a spec that means no loss.
     """
     rows = len(pictures)
+    loss = loss.loss if isinstance(loss, InParts) else loss
     scorer: Any = None
     if isinstance(loss, str) and loss in loss_networks():
         network, name = _Vision(loss), loss
@@ -53,7 +54,7 @@ def count_loss(loss: Any, pictures: Tensor) -> tuple[Loss | None, tuple[str, ...
     except Exception as error:  # it reads values, or networks that cannot be found or copied
         note = f"The loss {name} could not be counted ({type(error).__name__}: {error}); leave room for it."
         return None, (note,)
-    return Loss(name, weights, rows, counted), ()
+    return Loss(name, weights, rows, counted, images.nbytes), ()
 
 
 def _values(scorer: Any, rows: int) -> Callable[[Tensor], Tensor]:

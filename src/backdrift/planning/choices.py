@@ -26,7 +26,8 @@ class Choices:
         guidance: ``"together"``, or ``"apart"``: the halves of a guided call one after the other.
         decode: ``"batch"``, ``"sample"`` by sample, or in ``"tiles"`` (overlapping and blended: other pictures).
         loss: how many pictures are scored at a time; None: all.
-        latents: where arguments of calls wait for the backward pass: ``"device"`` or ``"cpu"``.
+        latents: where arguments of the calls that will be run again wait for the backward pass: ``"device"`` or
+            ``"cpu"``.
         weights: ``"device"``: all stay there; ``"offload"``: only what the present phase calls.
     """
 
@@ -55,15 +56,22 @@ class Choices:
 
 
 def candidates(
-    job: Job, *, tiles: bool = False, offload: bool = True, offloaded: bool = False, micro: bool = True
+    job: Job,
+    *,
+    tiles: bool = False,
+    offload: bool = True,
+    offloaded: bool = False,
+    park: bool | None = None,
+    micro: bool = True,
 ) -> Iterator[Choices]:
     """Every combination that can make a difference to this job, ``keep`` left open.
 
     Args:
         job: what is planned.
         tiles: whether decoding in tiles, which is not exact, is one.
-        offload: whether there is a second place to move latents and weights to.
+        offload: whether there is a second place to move weights to.
         offloaded: the weights wait there already.
+        park: whether there is one for latents; None: as for weights.
         micro: whether the loss can be evaluated on a few pictures at a time.
     """
     networks, decoders = job.kinds("network"), job.kinds("decoder")
@@ -76,7 +84,7 @@ def candidates(
         "guidance": ["together", *(["apart"] if halves else [])],
         "decode": ["batch", *(["sample"] if samples else []), *(["tiles"] if tiled else [])],
         "loss": [None, *([1] if micro and job.loss is not None and job.loss.rows > 1 else [])],
-        "latents": ["device", *(["cpu"] if offload and job.latents else [])],
+        "latents": ["device", *(["cpu"] if (offload if park is None else park) and job.latents else [])],
         "weights": ["offload"]
         if offloaded
         else ["device", *(["offload"] if offload and len(job.components) > 1 else [])],

@@ -79,12 +79,14 @@ class Loss:
         weights: bytes of its own network.
         rows: pictures.
         profile: of one evaluation of all pictures.
+        pull: bytes of the gradient by the pictures, which stays while they are scored in parts.
     """
 
     name: str
     weights: int
     rows: int
     profile: Profile
+    pull: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Job:
         own: per call, bytes of arguments that are held for it alone.
         loss: None for one that needs nothing beyond the pictures.
         state: bytes of optimizer state.
-        notes: what could not be counted.
+        notes: what could not be counted, and what else is to be said of the plan.
     """
 
     name: str
@@ -134,6 +136,12 @@ class Job:
     def network_calls(self) -> int:
         """How many calls of denoising networks the run makes."""
         return sum(kind.role == "network" for kind in self.calls)
+
+    @property
+    def graded_calls(self) -> int:
+        """How many of them a backward pass comes to: in the others' steps no gradient is carried."""
+        reached = {moment.call for moment in self.backward}
+        return sum(kind.role == "network" and i in reached for i, kind in enumerate(self.calls))
 
     def kinds(self, role: Role) -> list[Kind]:
         """The kinds of a role, each once."""

@@ -22,8 +22,8 @@ _WORDS = {
     ("guidance", "apart"): "run the guidance halves one after the other",
     ("decode", "sample"): "decode sample by sample",
     ("decode", "tiles"): "decode in tiles (blended at their seams: not the same pictures)",
-    ("loss", 1): "score one picture at a time",
-    ("latents", "cpu"): "let latents wait on the CPU",
+    ("loss", 1): "score one picture at a time (bd.optimize does; elsewhere with bd.losses.InParts)",
+    ("latents", "cpu"): "let latents and other arguments of calls wait on the CPU",
     ("weights", "offload"): "keep only the weights of the present phase on the device "
     "(pipe.enable_model_cpu_offload())",
 }
@@ -93,7 +93,8 @@ class Plan:
         lines += [f"So: {sentence}." for sentence in words(self.choices)]
         if self.choices.keep is not None:
             lines.append(
-                f"Of {self.job.network_calls} network calls the last {self.choices.keep} keep their activations; "
+                f"Of {self.job.graded_calls} network calls to be differentiated the last {self.choices.keep} keep "
+                "their activations; "
                 f"{self.chosen.needs.redone} are run again."
             )
         if not self.choices.same_bits and self.choices.decode != "tiles":
@@ -164,7 +165,11 @@ class Plan:
 
 def words(choices: Choices) -> tuple[str, ...]:
     """Choices in words, without how many calls are kept."""
-    return tuple(_WORDS[key, value] for key, value in choices.changes.items() if key != "keep")
+    return tuple(
+        _WORDS.get((key, value), f"score {value} pictures at a time") if key == "loss" else _WORDS[key, value]
+        for key, value in choices.changes.items()
+        if key != "keep"
+    )
 
 
 def make_plan(
@@ -174,6 +179,7 @@ def make_plan(
     tiles: bool = False,
     offload: bool = True,
     offloaded: bool = False,
+    park: bool | None = None,
     micro: bool = True,
     fixed: Choices | None = None,
 ) -> Plan:
@@ -182,13 +188,15 @@ def make_plan(
     Args:
         job: from a rehearsal.
         budget: bytes of everything on the device; None: no limit.
-        tiles, offload, offloaded, micro: see :func:`~backdrift.planning.choices.candidates`.
+        tiles, offload, offloaded, park, micro: see :func:`~backdrift.planning.choices.candidates`.
         fixed: take these choices and only count.
 
     Raises:
         BudgetError: nothing fits; names the smallest budget that works.
     """
-    tactics = tuple(candidates(job, tiles=tiles, offload=offload, offloaded=offloaded, micro=micro))
+    tactics = tuple(
+        candidates(job, tiles=tiles, offload=offload, offloaded=offloaded, park=park, micro=micro)
+    )
     if fixed is not None:
         chosen: Option | None = option(job, fixed)
     elif budget is None:

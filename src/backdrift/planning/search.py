@@ -63,7 +63,7 @@ def frontier(job: Job, tactics: Sequence[Choices]) -> list[Option]:
 
     Of options whose time differs by less than a hundredth, the one with the least memory stands for all.
     """
-    total = job.network_calls
+    total = job.graded_calls
     kept = sorted(
         {None, 0, *(total * i // 4 for i in (1, 2, 3))} - {total}, key=lambda k: (k is not None, -(k or 0))
     )
@@ -87,7 +87,7 @@ def _most_kept(job: Job, everything: Option, budget: int) -> Option | None:
     best = option(job, replace(everything.choices, keep=0))
     if best.needs.peak > budget:
         return None
-    low, high = 0, job.network_calls + 1  # low fits; high is more than there are
+    low, high = 0, job.graded_calls + 1  # low fits; high is more than there are
     while high - low > 1:
         middle = (low + high) // 2
         tried = option(job, replace(everything.choices, keep=middle))

@@ -87,9 +87,13 @@ class _Timeline:
             i = moment.call
             phase = {"network": "sampling", "decoder": "decoding", "other": "encoding"}[job.calls[i].role]
             converted = max(converted, job.calls[i].converted)
-            rest = self._weights(i) + converted + job.state - self._parked(i)
-            yield phase, rest + self._held(self._first_held(i - 1), i) + moment.before
-            yield phase, rest + self._held(self._first_held(i), i) + moment.during + self._running(i)
+            rest = self._weights(i) + converted + job.state
+            earlier, first = self._first_held(i - 1), self._first_held(i)
+            yield phase, rest + self._held(earlier, i) + moment.before - self._parked(i, earlier)
+            yield (
+                phase,
+                rest + self._held(first, i) + moment.during + self._running(i) - self._parked(i, first),
+            )
         rest = self._weights(self.count - 1) + converted + job.state
         held = self._held(self.first, self.count) - self._parked(self.count)
         yield "loss", rest + held + job.pictures + self._loss()
@@ -166,16 +170,20 @@ class _Timeline:
             return self.profiles[i].saved * (parts - 1) // parts + part.backward
         return part.backward if i >= self.first and parts == 1 else max(part.forward, part.backward)
 
-    def _parked(self, i: int) -> int:
-        """Arguments of calls before ``i`` that wait elsewhere."""
-        return 0 if self.choices.latents == "device" else self.own[min(i, self.first)]
+    def _parked(self, i: int, first: int | None = None) -> int:
+        """Arguments of calls before ``i`` that wait elsewhere: those of calls before ``first`` (when all have ended,
+        the oldest that is held)."""
+        first = self.first if first is None else first
+        return 0 if self.choices.latents == "device" else self.own[max(min(i, first), 0)]
 
     def _loss(self) -> int:
         loss = self.job.loss
         if loss is None:
             return 0
-        profile = loss.profile.part(loss.rows // self.choices.loss) if self.choices.loss else loss.profile
-        return max(profile.forward, profile.backward)
+        if not self.choices.loss:
+            return max(loss.profile.forward, loss.profile.backward)
+        part = loss.profile.part(max(1, loss.rows // self.choices.loss))
+        return max(part.forward, part.backward) + loss.pull
 
     def _weights(self, i: int) -> int:
         return self.offloaded[self.job.calls[i]] if self.offloaded else self.job.weights

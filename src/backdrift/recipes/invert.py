@@ -29,6 +29,7 @@ from ..descent.subject import (
 from ..descent.variables import master
 from ..errors import InputError
 from ..run import Run
+from ..through import Through
 from .embedding import Embedding, Slots, lengths, load_embedding, with_rows, without
 from .pairs import Pair, PairEncoder, Picture, as_pair, effect_pairs
 
@@ -158,6 +159,7 @@ def invert(
     chunk: int | None = None,
     memory: str | int = "auto",
     clamp: bool = False,
+    through: Through | str = "all",
     out: str | Path | None = None,
     resume: bool = True,
     checkpoint_every: int = 1,
@@ -184,6 +186,8 @@ def invert(
             default the mean squared error.
         heldout_pairs: pairs that decide which embedding is best and when to stop, and are not trained on.
         encode_iterations: fixed-point iterations per step of the encoding.
+        through: which of the sampler's steps carry the gradient; the embedding enters all of them, so each choice
+            leaves it one.
         lr: default 0.1 (``"output"``), 0.1 × the root mean square of the input table (``"tokens"``).
 
     Returns:
@@ -207,6 +211,7 @@ def invert(
     variable.prepare(pipe, prompts)
     call = sampler_call(pipe, height, width, num_inference_steps, guidance_scale, pipeline_kwargs)
     options = Options.among(locals())
+    options.choice.choose(num_inference_steps)  # more steps than there are: said before anything runs
     encoder = PairEncoder(
         pipe, height, width, call, iterations=encode_iterations,
         num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
