@@ -58,6 +58,8 @@ _EXPORTS: dict[str, str] = {
     "Trace": "trace",
     "sample": "sampling",
     "encode": "encoding",
+    "SymplecticAdjointGuidance": "guidance",
+    "guide": "guidance",
     "Solution": "sampling",
     "as_denoiser": "pipelines.view",
     "pipeline_grid": "pipelines.view",
@@ -74,7 +76,7 @@ _EXPORTS: dict[str, str] = {
     "verify": "verification.certificate",
     "Certificate": "verification.certificate",
 }
-_MODULES = ("errors", "gradients", "losses", "memory", "recipes", "report", "solvers")
+_MODULES = ("errors", "gradients", "guidance", "losses", "memory", "recipes", "report", "solvers")
 
 __all__ = ["__version__", *_EXPORTS, *_MODULES]
 

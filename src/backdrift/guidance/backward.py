@@ -2,7 +2,7 @@
 
     D  = argmin_D L(x0 + D), by m steps of gradient descent from D = 0
 
-and the sampler goes on as if its network had said x0 + D: in the paper's words eps' = eps - (alpha/sigma) D. It needs
+and the sampler goes on as if its network had said x0 + D: in the paper's words eps' = eps - (alpha/sigma) D. That needs
 no gradient through the network.
 """
 
