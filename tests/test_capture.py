@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -321,6 +322,25 @@ def test_a_copy_of_the_pipeline_leaves_it_alone() -> None:
         assert torch.equal(call(pipe, noise), expected)
 
 
+def test_threads_with_copies_do_not_disturb_each_other() -> None:
+    pipe = tiny_sd()
+
+    def run(shift: float) -> Tensor:
+        def take(host: CapturedHost) -> Tensor:
+            x = host.x + shift
+            return host.step(x, host.evaluate(x))
+
+        with Capture.of_clone(pipe, take) as capture, torch.no_grad():
+            return call(capture.pipe, noise_for(pipe))
+
+    shifts = [0.01 * i for i in range(4)]
+    alone = [run(shift) for shift in shifts]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(run, shifts))
+    assert all(map(torch.equal, alone, together))
+    assert len({float(x.sum()) for x in alone}) == 4
+
+
 # -- evaluations --------------------------------------------------------------------------------------------------
 
 
@@ -397,6 +417,22 @@ def test_an_euler_step_of_the_continuation_is_the_schedulers(name: str, config: 
         ).x0
         scale = 1.0 if following is None else following.continuation(following.evaluate(following.x)).scale
         torch.testing.assert_close(z, scale * plain(host), rtol=1e-4, atol=1e-5)
+
+
+def test_the_continuation_gives_the_network_the_time_of_the_noise() -> None:
+    """Karras' levels lie between the trained steps; the scheduler tells the network the nearest ones."""
+    pipe = tiny_sd().to(torch.float64)
+    pipe.scheduler = scheduler("DPMSolverMultistepScheduler", use_karras_sigmas=True)
+    host = hosts(pipe)[1]
+    model, cond, scale, times = host.continuation(host.evaluate(host.x))
+    prompts = torch.cat(pipe.encode_prompt("a b", "cpu", 1, True)[::-1])
+    assert times[0] != round(times[0])
+    assert float(model.schedule.rho(times[0])) == pytest.approx(host.start.sigma / host.start.alpha, rel=1e-6)
+    between, _ = by_hand(pipe, host.x, torch.tensor(times[0], dtype=torch.float64), prompts)
+    rounded, _ = by_hand(pipe, host.x, pipe.scheduler.timesteps[1], prompts)
+    torch.testing.assert_close(model.output(scale * host.x, times[0], cond), between, rtol=0, atol=1e-12)
+    torch.testing.assert_close(host.evaluate(host.x).output, rounded, rtol=0, atol=1e-12)
+    assert float((between - rounded).abs().max()) > 1e-9
 
 
 def test_network_calls_are_counted() -> None:

@@ -52,6 +52,53 @@ def tiny_inpainting(channels: int) -> Any:
     return pipe
 
 
+def tiny_flux_like(name: str, channels: int) -> Any:
+    """One of Flux's other pipelines from the parts of ``tiny_flux``, its network with so many input channels."""
+    import diffusers
+
+    parts = {
+        k: v for k, v in tiny_flux().components.items() if k not in ("image_encoder", "feature_extractor")
+    }
+    own = parts["transformer"]
+    if own.config.in_channels != channels:
+        torch.manual_seed(0)
+        config = {k: v for k, v in own.config.items() if k != "_use_default_values"}
+        config = {**config, "in_channels": channels, "out_channels": own.config.in_channels}
+        parts["transformer"] = type(own).from_config(config).eval()
+    if "ControlNet" in name:
+        torch.manual_seed(1)
+        control = diffusers.FluxControlNetModel.from_transformer(
+            own, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2
+        ).eval()
+        parts["controlnet"] = with_weights(control)
+    pipe = getattr(diffusers, name)(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def with_weights(module: Any) -> Any:
+    """The control network, whose zero layers would hide what it is given, with weights in them."""
+    generator = torch.Generator().manual_seed(2)
+    for parameter in module.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            parameter.data.normal_(std=0.1, generator=generator)
+    return module
+
+
+def tiny_sd3_controlnet() -> Any:
+    from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetPipeline
+
+    parts = tiny_sd3().components
+    torch.manual_seed(1)
+    control = with_weights(SD3ControlNetModel.from_transformer(parts["transformer"], 1, 0).eval())
+    known = ("image_encoder", "feature_extractor")
+    pipe = StableDiffusion3ControlNetPipeline(
+        **{k: v for k, v in parts.items() if k not in known}, controlnet=control
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def picture() -> Tensor:
     return torch.rand(1, 3, PICTURE, PICTURE, generator=torch.Generator().manual_seed(1))
 
@@ -102,6 +149,19 @@ CASES: dict[str, Case] = {
         lambda: tiny_inpainting(4),
         lambda pipe: {**text(pipe), "image": picture(), "mask_image": mask()},
     ),
+    "sd3 controlnet": (tiny_sd3_controlnet, lambda pipe: {**text(pipe), "control_image": picture()}),
+    "flux controlnet": (
+        lambda: tiny_flux_like("FluxControlNetPipeline", 16),
+        lambda pipe: {**text(pipe), "control_image": picture()},
+    ),
+    "flux fill": (  # the masked picture and the mask lie beside the latents in each token
+        lambda: tiny_flux_like("FluxFillPipeline", 16 + 16 + 16),
+        lambda pipe: {**text(pipe), "image": picture(), "mask_image": mask()},
+    ),
+    "flux kontext": (  # the picture's tokens lie behind the latents'
+        lambda: tiny_flux_like("FluxKontextPipeline", 16),
+        lambda pipe: {**text(pipe), "image": picture(), "_auto_resize": False, "max_area": PICTURE**2},
+    ),
     "img2img": (tiny_sd_img2img, lambda pipe: {**embeds_for(pipe), "image": picture(), "strength": 0.7}),
     "pixels": (tiny_pixels, lambda pipe: {}),
 }
@@ -117,6 +177,7 @@ def latents_of(pipe: Any, arguments: dict[str, Any], take: Any = None) -> Tensor
     kind = {} if type(pipe).__name__ == "DDPMPipeline" else {"output_type": "latent"}
     if not kind:
         kind = {"output_type": "np"}
+    torch.manual_seed(3)  # some draw the control picture's latents from the global generator
     if take is None:
         return torch.as_tensor(pipe(**seeded(**arguments, **kind)).images)
     with Capture(pipe, take):
@@ -158,7 +219,7 @@ def test_what_a_host_says_elsewhere_is_what_the_pipeline_does_there(name: str) -
     if done.more is not None:
         assert said.more is not None
         torch.testing.assert_close(said.more, done.more, rtol=1e-4, atol=1e-5)
-    guided = name not in ("flux", "pixels")
+    guided = name != "pixels" and (not name.startswith("flux") or name == "flux, true guidance")
     assert (done.more is not None) == guided
     # The continuation from there: its first call made by the network, at the time unrounded.
     model, cond, scale, times = before.continuation(before.evaluate(before.x))
@@ -175,7 +236,9 @@ def test_what_a_host_says_elsewhere_is_what_the_pipeline_does_there(name: str) -
     assert float((slope * step).sum()) == pytest.approx(difference, rel=2e-2, abs=2e-4)
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "pixart", "sana", "inpainting, 9 channels"])
+@pytest.mark.parametrize(
+    "name", ["sd", "sdxl", "sd3", "flux", "flux kontext", "pixart", "sana", "inpainting, 9 channels"]
+)
 def test_decoding_is_the_pipelines_own(name: str) -> None:
     pipe, arguments = prepared(name)
     if name == "sdxl":
