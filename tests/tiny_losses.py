@@ -77,6 +77,22 @@ def head_weights(sizes: tuple[int, ...], prefix: str = "layers.", every: int = 2
     return state
 
 
+def preference_weights(widths: tuple[int, ...] = (4, 5, 6), hidden: int = 5) -> dict[str, Tensor]:
+    """A preference network's tensors, narrow, of random weights that keep the signal's size."""
+    generator, state, before = torch.Generator().manual_seed(0), {}, 3
+    for i, width in enumerate(widths):
+        side = 5 if i == 0 else 3
+        weight = torch.randn(width, before, side, side, generator=generator)
+        state[f"convolutions.{i}.weight"] = weight * (2 / (side**2 * before)) ** 0.5
+        state[f"convolutions.{i}.bias"] = torch.randn(width, generator=generator) * 0.1
+        before = width
+    seen = 2 * (3 + sum(widths))
+    for name, rows, columns in (("first", hidden, seen), ("last", 1, hidden)):
+        state[f"{name}.weight"] = torch.randn(rows, columns, generator=generator) / columns**0.5
+        state[f"{name}.bias"] = torch.randn(rows, generator=generator)
+    return state
+
+
 def reward_weights(width: int = 64, depth: int = 2, words: int = 40) -> dict[str, Tensor]:
     """ImageReward's tensors by its checkpoint's names, narrow: pictures of 32 pixels in patches of 16."""
     generator = torch.Generator().manual_seed(0)
@@ -155,12 +171,14 @@ def save_vocabulary(folder: Path) -> None:
 def save_all(folder: Path, clip: dict[str, Any]) -> None:
     """What the examples of the registered losses name: a picture, a CLIP, and the other networks' files."""
     from PIL import Image
+    from safetensors.torch import save_file
 
     Image.new("RGB", (64, 64), (51, 102, 204)).save(folder / "target.png")
     save_clip(folder / "clip", clip)
     torch.save(vgg_weights(), folder / "vgg19.pth")
     torch.save(head_weights((8, 6, 1)), folder / "head.pth")
     torch.save(reward_weights(), folder / "ImageReward.pt")
+    save_file(preference_weights(), folder / "preference.safetensors")
     save_vocabulary(folder)
     torch.jit.script(tiny_faces()).save(str(folder / "face.pt"))
 

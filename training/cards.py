@@ -9,12 +9,14 @@ from typing import Any
 from safetensors import safe_open
 
 import backdrift as bd
+from backdrift.losses import Preference
 from backdrift.pipelines.assets import ASSETS, load_classifier, load_clip, load_digits_denoiser
 
 from .classifier import measure as measure_classifier
 from .clip import retrieval
 from .digits import measure as measure_digits
 from .loop import TIMES, trained_minutes
+from .preference import figures as measure_preference
 from .quality import SETTINGS
 from .quality import measure as measure_pipeline
 from .vae import psnr
@@ -28,6 +30,14 @@ background, with an effect on three in ten. Backgrounds are flat colours or crop
 PIXELS = """\
 scikit-learn's `load_digits` as it is (the UCI "Optical Recognition of Handwritten Digits" test set, CC BY 4.0): 8×8
 pixels of one channel, 17 shades, of which every fifth picture is held out. States are -1 on paper and 1 in full ink."""
+PAIRS = """\
+
+
+At every step four pictures of each of 48 new captions, in different handwriting, each lit, coloured, contrasted,
+blurred and made grainy at random; any two pictures of a caption are a pair. The choice in a pair is drawn by a stated
+rule, in `training/preference.py`: a picture is liked for being well lit, colourful, rich in contrast and crisp, each
+worth up to one point, and a tenth of a point more is preferred in 73 % of pairs (Bradley and Terry's model, which is
+also the loss). No person was asked. The network sees pixels only: no caption, nothing of CLIP or the classifier."""
 EARLIER = (
     " CLIP and the first round of the autoencoder and of the denoisers saw dimmer night skies and a darker `dark` "
     "(0.35 of the light, now 0.45); later rounds and the figures below are on the scenes as they are drawn now."
@@ -38,6 +48,11 @@ PARTS = {
     "clip": ("CLIP", ("text", "vision"), "text vision export cards"),
     "classifier": ("Classifier of digit, colour and background", ("classifier",), "classifier export cards"),
     "digits": ("Pixel model of 8×8 digits, VP, continuous time", ("digits",), "digits export cards"),
+    "preference": (
+        "Preference model of rendered pictures",
+        ("preference",),
+        "preference export cards",
+    ),
 }
 
 
@@ -64,6 +79,8 @@ def figures(name: str) -> dict[str, Any]:
         return {f"accuracy on held-out digits: {k}": f"{v:.1%}" for k, v in found.items()}
     if name == "digits":
         return measure_digits(load_digits_denoiser())
+    if name == "preference":
+        return measure_preference(Preference())
     if name == "clip":
         clip, tokenizer = load_clip()
         return {"right caption found among 100, held-out pictures": f"{retrieval(clip, tokenizer):.1%}"}
@@ -91,7 +108,7 @@ def write_card(name: str) -> None:
         "A self-test model: small, trained from scratch by this repository, meant for trying and testing backdrift.",
         "",
         "## Data",
-        PIXELS if name == "digits" else DATA,
+        PIXELS if name == "digits" else DATA + (PAIRS if name == "preference" else ""),
         "",
         "## Parameters",
         *(f"- {k}: {v:,}" for k, v in parameters(folder).items()),

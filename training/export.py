@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTextModelWithProjection
 
+from backdrift.losses.preference import PreferenceNetwork
 from backdrift.pipelines.assets import ASSETS
 from backdrift.pipelines.classifier import SceneClassifier
 
@@ -148,6 +149,13 @@ def export_digits() -> None:
     (path / "config.json").write_text(json.dumps(network.config(), indent=2) + "\n")  # type: ignore[operator]
 
 
+def export_preference() -> None:
+    """The preference model."""
+    network = _trained("preference", PreferenceNetwork())
+    path = _fresh("preference")
+    save_file({k: v.half().contiguous() for k, v in network.state_dict().items()}, path / "model.safetensors")
+
+
 def export() -> None:
     """Export whatever has been trained."""
     for name, write in (
@@ -156,6 +164,7 @@ def export() -> None:
         ("unet", export_sd),
         ("flow", export_flow),
         ("digits", export_digits),
+        ("preference", export_preference),
     ):
         if (WORK / f"{name}-done.pt").exists():
             write()

@@ -70,6 +70,12 @@ def _digits() -> None:
         print(f"squared error on v, held out {held_out}: {velocity_error(network, held_out=held_out):.4f}")
 
 
+def _preference() -> None:
+    from .preference import train_preference
+
+    _keep("preference", train_preference())
+
+
 def _restore() -> None:
     from .restore import restore
 
@@ -98,6 +104,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "unet": _unet,
     "flow": _flow,
     "digits": _digits,
+    "preference": _preference,
     "export": _export,
     "cards": _cards,
 }

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import backdrift as bd
+from backdrift.losses import Preference
 from backdrift.pipelines.assets import folder, load_classifier, load_clip, load_digits_denoiser
 
 from .clip import VOCABULARY, save_vocabulary
@@ -47,6 +48,7 @@ def restore() -> None:
     digits = load_digits_denoiser().network
     assert isinstance(digits, nn.Module)
     _put("digits", digits)
+    _put("preference", Preference().network)
     for name, network in (("vae", sd.vae), ("unet", sd.unet), ("flow", flow.transformer)):
         path = WORK / f"{name}-round0.pt"
         if not path.exists():

@@ -1,7 +1,7 @@
 """Losses: pictures in [0, 1] (and prompts) in, one value per sample out; one file per kind.
 
 :func:`resolve` makes a loss of a spec string such as ``"0.5*clip:a blue two + class:two"``, of a callable,
-or of a mapping from these to weights. :func:`kinds` lists what there is.
+of a mapping from these to weights, or of pairs ``(weight, loss)``. :func:`kinds` lists what there is.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from .clip import CLIPText
 from .clip_image import CLIPImage
 from .clip_images import ImageEncoder
 from .content import Content
+from .feature_maps import FeatureMaps
 from .hpsv2 import HPSv2
 from .identity import Identity
 from .image_reward import ImageReward
 from .in_parts import InParts
 from .mse import MSE, load_picture
 from .perceptual import Perceptual, VGGContent, VGGStyle
+from .photographs import photograph, photographs
 from .pickscore import PickScore
+from .preference import Preference
 from .registry import kinds, register
 from .resize import prepare, resize
 from .spec import resolve
@@ -42,6 +45,7 @@ __all__ = [
     "Colour",
     "Content",
     "Contrast",
+    "FeatureMaps",
     "FunctionLoss",
     "GramStyle",
     "HPSv2",
@@ -52,6 +56,7 @@ __all__ = [
     "Loss",
     "Perceptual",
     "PickScore",
+    "Preference",
     "Saturation",
     "Sharpness",
     "VGGContent",
@@ -61,6 +66,8 @@ __all__ = [
     "load_classifier",
     "load_picture",
     "measurements",
+    "photograph",
+    "photographs",
     "prepare",
     "register",
     "resize",

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..suggest import closest
 from .base import Loss
 from .classifier import Classifier, as_classifier, load_classifier, split_model
+from .options import split_option, unread_option
 from .registry import register
 
 Form = Literal["cross_entropy", "logit", "margin"]
+FORMS: tuple[Form, ...] = get_args(Form)
 
 
-@register("class", argument="a class, or a phrase of several [@model]", example="class:red seven")
+@register(
+    "class",
+    argument="a class, or a phrase of several [@model] [(logit) or (margin)]",
+    example="class:red seven",
+)
 class ClassTarget(Loss):
     """The pictures show the wanted class.
 
@@ -30,6 +37,8 @@ class ClassTarget(Loss):
         InputError: When the classifier does not know the target, or ``form`` is unknown.
     """
 
+    bounded = True
+
     def __init__(
         self,
         target: str | int,
@@ -37,7 +46,7 @@ class ClassTarget(Loss):
         form: Form = "cross_entropy",
     ) -> None:
         super().__init__()
-        if form not in ("cross_entropy", "logit", "margin"):
+        if form not in FORMS:
             raise InputError(f"form must be 'cross_entropy', 'logit' or 'margin', got {form!r}.")
         self.classifier = as_classifier(classifier)
         self.target = self.classifier.find(target)
@@ -46,13 +55,25 @@ class ClassTarget(Loss):
 
     @classmethod
     def from_text(cls, text: str) -> ClassTarget:
-        target, source = split_model(text)
+        given, form = split_option(text, FORMS)
+        target, source = split_model(given)
         if not target:
             raise InputError("The loss 'class' needs a class: for instance class:seven.")
-        return cls(target, load_classifier(source))
+        classifier = load_classifier(source)
+        word = unread_option(given)
+        if word is not None and target.lower() not in _names(classifier):  # a phrase would pass over it
+            raise InputError(
+                f"The loss 'class' has no option {word!r}.{closest(word, FORMS)} Write for instance "
+                f"class:seven (logit); there are: {', '.join(FORMS)}."
+            )
+        return cls(target, classifier, cast(Form, form or "cross_entropy"))
 
     def values(self, images: Tensor, prompts: Sequence[str] | None) -> Tensor:
         return class_values(self.classifier(images), self.target, self.form)
+
+
+def _names(classifier: Classifier) -> set[str]:
+    return {name.lower() for names in classifier.labels.values() for name in names}
 
 
 def class_values(logits: Mapping[str, Tensor], target: Mapping[str, int], form: Form) -> Tensor:

@@ -42,6 +42,8 @@ class CLIPText(Loss):
         InputError: When the text is over the model's token limit, or there is neither text nor prompt.
     """
 
+    bounded = True
+
     def __init__(
         self,
         text: str | None = None,

@@ -13,18 +13,20 @@ from .base import Loss
 from .classifier import split_model
 from .clip import Distance, angle_loss
 from .clip_images import as_encoder
+from .options import split_option
 from .reference import Picture, as_pictures, match, spec_of
 from .registry import register
 
 
-@register("clip-image", argument="a picture file [@CLIP model]", example="clip-image:target.png")
+@register("clip-image", argument="a picture [@CLIP model] [(cosine)]", example="clip-image:target.png")
 class CLIPImage(Loss):
     """Distance between the pictures and a reference picture in CLIP's space.
 
     With ``"spherical"`` and a ViT-H/14 it is the object guidance of DOODL (Wallace et al., 2023) and SAG.
 
     Args:
-        reference: A picture file, or a tensor ``(3, H, W)`` (or one for each sample, ``(N, 3, H, W)``) in [0, 1].
+        reference: A picture file, a photograph's name (:func:`~.photographs.photograph`), or a tensor ``(3, H, W)`` (or
+            one for each sample, ``(N, 3, H, W)``) in [0, 1].
         model: A CLIP (:class:`~.clip_images.ImageEncoder`); by default the built-in one.
         distance: ``"spherical"``, half the squared angle, or ``"cosine"``, one minus the cosine.
 
@@ -49,7 +51,8 @@ class CLIPImage(Loss):
 
     @classmethod
     def from_text(cls, text: str) -> CLIPImage:
-        return cls(*split_model(text))
+        given, distance = split_option(text, ("spherical", "cosine"))
+        return cls(*split_model(given), distance="cosine" if distance == "cosine" else "spherical")
 
     def values(self, images: Tensor, prompts: Sequence[str] | None) -> Tensor:
         embedded = self.encoder.embed(images)

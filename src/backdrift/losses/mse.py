@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .base import Loss, check_images
+from .photographs import photograph
 from .registry import register
 from .resize import resize
 
@@ -64,17 +65,24 @@ class MSE(Loss):
 
 
 def load_picture(path: str | Path) -> Tensor:
-    """A picture file as a float32 tensor ``(3, H, W)`` in [0, 1]; transparency is laid on white.
+    """A picture as a float32 tensor ``(3, H, W)`` in [0, 1]; transparency is laid on white.
+
+    Args:
+        path: A picture file; or the name of a photograph that an installed scikit-image or scikit-learn carries, such
+            as ``skimage/coffee`` (a file of that path comes first).
 
     Raises:
-        InputError: When the file is missing or is not a picture.
+        InputError: When the file is missing or is not a picture, or there is no such photograph.
     """
     import numpy
     from PIL import Image, UnidentifiedImageError
 
-    path = Path(path).expanduser()
+    given, path = path, Path(path).expanduser()
     if not path.is_file():
-        raise InputError(f"The picture {str(path)!r} does not exist (seen from {Path.cwd()}).")
+        found = photograph(given)
+        if found is None:
+            raise InputError(f"The picture {str(path)!r} does not exist (seen from {Path.cwd()}).")
+        path = found
     try:
         with Image.open(path) as opened:
             picture = opened.convert("RGBA")

@@ -10,7 +10,7 @@ from ..errors import InputError
 from .base import check_images
 from .mse import load_picture
 
-#: A picture in [0, 1], ``(3, H, W)`` or ``(K, 3, H, W)``, or the path of a picture file.
+#: A picture in [0, 1], ``(3, H, W)`` or ``(K, 3, H, W)``, or a picture file's path or a photograph's name.
 Picture = Tensor | str | Path
 
 
@@ -18,7 +18,8 @@ def as_pictures(given: Picture, name: str) -> Tensor:
     """``(K, 3, H, W)``, floating point.
 
     Args:
-        given: A picture file, or a tensor ``(3, H, W)`` or ``(K, 3, H, W)`` in [0, 1].
+        given: A picture file, a photograph's name (:func:`~.photographs.photograph`), or a tensor ``(3, H, W)`` or
+            ``(K, 3, H, W)`` in [0, 1].
         name: Of the loss, for the message.
 
     Raises:
@@ -26,7 +27,10 @@ def as_pictures(given: Picture, name: str) -> Tensor:
     """
     if isinstance(given, str | Path):
         if not str(given):
-            raise InputError(f"The loss {name!r} needs a reference picture: {name}:path/to/picture.png.")
+            raise InputError(
+                f"The loss {name!r} needs a reference picture: {name}:path/to/picture.png, or a photograph's name, "
+                f"{name}:skimage/coffee."
+            )
         return load_picture(given)[None]
     if not isinstance(given, Tensor) or given.ndim not in (3, 4):
         got = f"{tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__

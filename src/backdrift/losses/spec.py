@@ -4,7 +4,8 @@
     term   = [ "-" ] [ number "*" ] loss
     loss   = name [ ":" argument ] | path ".py:" function
 
-A ``+`` inside an argument must be quoted: ``clip:"one + one" + 0.1*brightness``.
+Some arguments end in an option in parentheses: ``class:seven (logit)``. A ``+`` inside an argument must be quoted:
+``clip:"one + one" + 0.1*brightness``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +29,27 @@ _NUMBER = re.compile(r"\s*(-?)\s*(?:((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*)
 _FILE = re.compile(r"(.+\.py):([A-Za-z_]\w*)$")
 
 
-def resolve(spec: str | Callable[..., Tensor] | Mapping[Any, float]) -> Loss:
+def resolve(spec: str | Callable[..., Tensor] | Mapping[Any, float] | Sequence[tuple[float, Any]]) -> Loss:
     """The loss that ``spec`` means.
 
     Args:
         spec: A spec string such as ``"mse:target.png"``, ``"0.5*clip:a blue two + class:two"`` or
             ``"my_losses.py:sharpness"``; a :class:`Loss`; any callable ``f(images)`` or
-            ``f(images, prompts)`` that returns one value per sample; or a mapping from any of these to
-            its weight in the sum.
+            ``f(images, prompts)`` that returns one value per sample; a mapping from any of these to
+            its weight in the sum; or a list of pairs ``(weight, any of these)``.
 
     Raises:
-        InputError: When a name is unknown, an argument cannot be used or a file is missing.
+        InputError: When a name is unknown, an argument cannot be used, a file is missing or a weight is not a
+            finite number.
     """
     if isinstance(spec, Loss):
         return spec
     if isinstance(spec, str):
         return _sum([_term(text) for text in _split(spec)])
     if isinstance(spec, Mapping):
-        return _sum([(float(weight), resolve(part)) for part, weight in spec.items()])
+        return _sum([(_weight(weight, part), resolve(part)) for part, weight in spec.items()])
+    if isinstance(spec, list | tuple):
+        return _sum([_pair(entry) for entry in spec])
     return FunctionLoss(spec)
 
 
@@ -52,6 +57,21 @@ def _sum(terms: list[tuple[float, Loss]]) -> Loss:
     if len(terms) == 1 and terms[0][0] == 1:
         return terms[0][1]
     return WeightedSum(terms)
+
+
+def _pair(entry: Any) -> tuple[float, Loss]:
+    if not isinstance(entry, list | tuple) or len(entry) != 2 or isinstance(entry[0], str):
+        raise InputError(
+            "A list of losses holds pairs (weight, loss), as in [(10, 'pickscore'), (0.5, 'aesthetic')]; got the "
+            f"entry {entry!r}."
+        )
+    return _weight(*entry), resolve(entry[1])
+
+
+def _weight(given: Any, part: Any) -> float:
+    if isinstance(given, bool) or not isinstance(given, Real) or not math.isfinite(given):
+        raise InputError(f"The weight of the loss {part!r} must be a finite number, got {given!r}.")
+    return float(given)
 
 
 def _split(text: str) -> list[str]:
@@ -87,9 +107,25 @@ def _term(text: str) -> tuple[float, Loss]:
     if file := _FILE.match(_unquote(body)):
         return weight, from_file(Path(file[1]), file[2])
     name, _, argument = body.partition(":")
+    if hint := _misplaced(name.strip()):
+        raise InputError(f"The term {body!r} of the loss cannot be read. {hint}")
     loss = find(name.strip()).from_text(_unquote(argument.strip()))
     loss.spec = body
     return weight, loss
+
+
+def _misplaced(name: str) -> str:
+    """What to write instead where a weight or a sign is not where it belongs; "" where it is."""
+    words = r"([a-z][\w-]*)"
+    if found := re.match(rf"{words}\s*\*\s*(\S+)", name):
+        return f"A weight stands before its loss: {found[2]}*{found[1]}."
+    if found := re.match(rf"(-?[\d.]+)\s*{words}", name):
+        return f"Between a weight and its loss stands a star: {found[1]}*{found[2]}."
+    if found := re.match(rf"-\s*{words}", name):
+        return f"A minus stands before the weight, as in -2*{found[1]}."
+    if found := re.match(rf"{words}\s+-\s*(.+)", name):
+        return f"Terms are added: {found[1]} + -{found[2]}."
+    return ""
 
 
 def _unquote(text: str) -> str:

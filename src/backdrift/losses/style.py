@@ -4,6 +4,9 @@ The loss of SAG's stylisation ("Towards accurate guided diffusion sampling throu
 al., 2023), which follows FreeDoM (Yu et al., 2023): with F the ``(patches, width)`` tokens of CLIP's third block,
 ``|| F(image)^T F(image) - F(reference)^T F(reference) ||_F``, not squared. Here pictures are normalised with the
 model's own statistics for [0, 1].
+
+Another block or network than the one guided with makes a judge of the result: ``style:ref.png (block 1)``,
+``style:ref.png@built-in:classifier``.
 """
 
 from __future__ import annotations
@@ -16,33 +19,38 @@ from torch import Tensor
 
 from .base import Loss
 from .classifier import split_model
-from .clip_images import as_encoder
+from .feature_maps import as_features
+from .options import split_block
 from .reference import Picture, as_pictures, match, spec_of
 from .registry import register
 
+BLOCK = 3
 
-@register("style", argument="a picture file [@CLIP model]", example="style:target.png")
+
+@register("style", argument="a picture [@model] [(block N)]", example="style:target.png")
 class GramStyle(Loss):
-    """Frobenius norm of the difference of Gram matrices, of CLIP's patch tokens.
+    """Frobenius norm of the difference of Gram matrices, of CLIP's patch tokens (or of a classifier's feature maps).
 
     Its slope is 0 where the Gram matrices are equal and about 1 in their difference elsewhere: the norm is not squared.
 
     Args:
-        reference: A picture file, or a tensor ``(3, H, W)`` (or one for each sample, ``(N, 3, H, W)``) in [0, 1].
-        model: A CLIP (:class:`~.clip_images.ImageEncoder`); by default the built-in one.
+        reference: A picture file, a photograph's name (:func:`~.photographs.photograph`), or a tensor ``(3, H, W)`` (or
+            one for each sample, ``(N, 3, H, W)``) in [0, 1].
+        model: A CLIP (:class:`~.clip_images.ImageEncoder`), by default the built-in one; or ``"built-in:classifier"``
+            for that network's feature maps (:class:`~.feature_maps.FeatureMaps`).
         block: Whose output, counted from one. The network runs no further.
 
     Raises:
-        InputError: When the reference cannot be read, or the CLIP has no such block.
+        InputError: When the reference cannot be read, or the network has no such block.
     """
 
     bounded = True
 
-    def __init__(self, reference: Picture, model: Any = None, block: int = 3) -> None:
+    def __init__(self, reference: Picture, model: Any = None, block: int = BLOCK) -> None:
         super().__init__()
         pictures = as_pictures(reference, "style")
-        self.encoder = as_encoder(model).up_to(block)
-        self.spec = spec_of("style", reference, model)
+        self.encoder = as_features(model).up_to(block)
+        self.spec = spec_of("style", reference, model) + ("" if block == BLOCK else f" (block {block})")
         with torch.no_grad():
             known = gram(self.encoder.tokens(pictures.to(self.encoder.mean.device)))
         self.register_buffer("known", known, persistent=False)
@@ -50,7 +58,8 @@ class GramStyle(Loss):
 
     @classmethod
     def from_text(cls, text: str) -> GramStyle:
-        return cls(*split_model(text))
+        given, block = split_block(text)
+        return cls(*split_model(given), block=BLOCK if block is None else block)
 
     def values(self, images: Tensor, prompts: Sequence[str] | None) -> Tensor:
         apart = gram(self.encoder.tokens(images)) - match(self.known, images, "style")

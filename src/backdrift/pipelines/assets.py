@@ -1,4 +1,4 @@
-"""The assets that ship inside the package: two pipelines, a CLIP, a classifier, a pixel model, and their cards."""
+"""The assets that ship inside the package: two pipelines, the networks beside them, and their cards."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PIPELINES = {"sd": "StableDiffusionPipeline, ε-prediction", "flow": "StableDiff
 
 
 def folder(name: str) -> Path:
-    """The folder of a shipped asset: "sd", "flow", "clip", "classifier" or "digits".
+    """The folder of a shipped asset: "sd", "flow", "clip", "classifier", "digits" or "preference".
 
     Raises:
         InputError: if there is no such asset, or the installation lacks its files.
