@@ -273,6 +273,61 @@ def test_over_the_conditioning() -> None:
     assert adjoint.verdict == "within"
 
 
+class Shifted(MixtureNetwork):
+    """With a second parameter, and a third that the network does not use."""
+
+    def __init__(self) -> None:
+        super().__init__(SCHEDULE, "epsilon", width=1.0)
+        self.tilt = torch.nn.Parameter(torch.tensor([0.1, -0.2, 0.05], dtype=torch.float64))
+        self.idle = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        return super().forward(x, t, cond + self.tilt)
+
+
+@pytest.mark.parametrize(
+    ("over", "named"),
+    [("means", ["means"]), ("weights", ["means", "tilt", "idle"]), (["ti*", "means"], ["means", "tilt"])],
+    ids=str,
+)
+def test_over_weights(over: Any, named: list[str]) -> None:
+    """Exact methods, an adjoint's error computed by hand, and finite differences of the weights alone."""
+    network = Shifted()
+    chosen = [network.get_parameter(name) for name in named]
+    before = [p.detach().clone() for p in network.parameters()]
+    model, x, c = bd.Denoiser(network, SCHEDULE), start_state(SCHEDULE, 0.6), condition()
+    methods = {"exact": bd.Exact("min"), "symplectic": bd.SymplecticAdjoint(), "continuous": bd.ContinuousAdjoint(),
+               "wrong": Wrong()}  # fmt: skip
+    made = bd.verify(
+        model, x_T=x, cond=c, loss=loss, over=over, methods=methods, solver="heun", steps=[4, 8], grid=GRID,
+        reference_steps=32, progress=False,
+    )  # fmt: skip
+
+    def by_hand(method: GradientMethod) -> Tensor:
+        grid = bd.TimeGrid("logsnr", 8, start=0.6, end=0.05)
+        x0 = bd.sample(model, x, c, solver=bd.Heun(), grid=grid, gradient=method).x0
+        found = torch.autograd.grad(loss(x0).sum(), chosen, allow_unused=True, materialize_grads=True)
+        return torch.cat([g.flatten() for g in found])
+
+    for name in ("exact", "symplectic"):
+        row = one(made, name, 8)
+        assert row.verdict == "exact"
+        assert row.differences is not None
+        assert row.differences < 1e-7
+    adjoint = one(made, "continuous", 8)
+    assert adjoint.own is not None
+    assert adjoint.own.relative == pytest.approx(
+        relative(by_hand(bd.ContinuousAdjoint()), by_hand(bd.Plain())), rel=1e-9
+    )
+    wrong = one(made, "wrong", 8).differences
+    assert wrong is not None
+    assert 0.01 < wrong < 0.0501
+    settings = made.record["settings"]
+    assert (settings["over"], settings["weights"], settings["directions"]) == (over, len(named), 3)
+    assert all(p.grad is None for p in network.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(network.parameters(), before, strict=True))
+
+
 def test_float32_rounding_is_measured_and_not_called_an_error() -> None:
     class Narrow(MixtureNetwork):
         def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
@@ -377,6 +432,9 @@ def test_the_table_the_record_and_the_page(tmp_path: Path) -> None:
         ({"tolerance": 0}, "positive"),
         ({"target": "both"}, "target is"),
         ({"over": "unet"}, "over is"),
+        ({"over": "weights"}, "none"),
+        ({"over": ["noise", "means"]}, "over is one of"),
+        ({"over": []}, "over is one of"),
         ({"directions": -1}, "whole number"),
         ({"grid": bd.TimeGrid([0.6, 0.3, 0.05])}, "give a rule"),
         ({"grid": "evenly"}, "rule of a TimeGrid"),

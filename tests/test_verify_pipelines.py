@@ -52,6 +52,57 @@ def test_a_pipelines_errors_are_those_computed_by_hand() -> None:
     assert made.record["settings"]["model"]["class"] == "StableDiffusionPipeline"
 
 
+def with_lora() -> Any:
+    from peft import LoraConfig
+
+    pipe = tiny_sd()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+        pipe.unet.requires_grad_(False).add_adapter(config)
+    return pipe
+
+
+@pytest.mark.parametrize("over", ["lora", "unet.*lora_A*"])
+def test_over_lora_weights(over: str) -> None:
+    pipe = with_lora()
+    weights = {n: p for n, p in pipe.unet.named_parameters() if ("lora_A" if "A" in over else "lora") in n}
+    made = bd.verify(
+        pipe, "a b", "contrast", over=over, methods=["exact:min", "symplectic", "continuous"], guidance_scale=3.0,
+        seed=2, directions=2, **SHORT,
+    )  # fmt: skip
+    assert made.record["settings"]["weights"] == len(weights) > 0
+    view = bd.as_denoiser(pipe, "a b", 3.0, train=over)
+    objective = bd.losses.resolve("contrast")
+
+    def gradient(method: Any) -> torch.Tensor:
+        x = noise_for(pipe, seed=2)
+        x0 = bd.sample(view.model, x, view.cond, grid=bd.TimeGrid("logsnr", 4), gradient=method).x0
+        pictures = pipe.vae.decode(x0 / pipe.vae.config.scaling_factor).sample / 2 + 0.5
+        found = torch.autograd.grad(objective(pictures).sum(), list(weights.values()))
+        return torch.cat([g.flatten().double() for g in found])
+
+    own, adjoint = gradient(bd.Plain()), gradient(bd.ContinuousAdjoint())
+    found = {row.name: row for row in made.rows if row.steps == 4}
+    assert found["continuous"].own is not None
+    assert found["continuous"].own.relative == pytest.approx(
+        float((adjoint - own).norm() / own.norm()), rel=1e-4
+    )
+    assert {found[name].verdict for name in ("exact:min", "symplectic")} == {"exact"}
+    (reference,) = [r for r in made.record["references"] if r["directions"]]
+    assert reference["differences"] < 1e-4
+    assert all(p.grad is None for p in pipe.unet.parameters())
+
+
+def test_weights_that_cannot_be_meant_are_refused_by_name() -> None:
+    with pytest.raises(InputError, match=r"text_encoder.* as well .* name those of the unet"):
+        bd.verify(tiny_sd(), "a b", "brightness", over="text_encoder", **SHORT)
+    with pytest.raises(InputError, match="no active LoRA"):
+        bd.verify(tiny_sd(), "a b", "brightness", over="lora", **SHORT)
+    with pytest.raises(InputError, match=r"unet\.conv_xyz"):
+        bd.verify(tiny_sd(), "a b", "brightness", over="unet.conv_xyz", **SHORT)
+
+
 def test_a_flow_matching_pipeline_with_all_methods() -> None:
     made = bd.verify(tiny_sd3(), "a b", "brightness", directions=1, **SHORT)
     found = {row.name: row for row in made.rows if row.asked}
@@ -147,8 +198,9 @@ def test_every_argument_of_the_library_is_a_setting() -> None:
     wanted = set(inspect.signature(bd.verify).parameters) - only_python
     assert wanted <= set(VerifySettings.model_fields)
     defaults = {name: p.default for name, p in inspect.signature(bd.verify).parameters.items()}
-    for name in ("tolerance", "target", "over", "directions", "reference_steps", "seed"):
+    for name in ("tolerance", "target", "directions", "reference_steps", "seed"):
         assert VerifySettings.model_fields[name].default == defaults[name]
+    assert VerifySettings.model_fields["over"].default == [defaults["over"]]
 
 
 def test_the_commands_completion_knows_all_names() -> None:

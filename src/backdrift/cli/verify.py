@@ -21,7 +21,7 @@ METHODS: list[Any] = [
 ]  # fmt: skip
 SOLVERS: list[Any] = [
     "euler", "ddim", "midpoint", "heun", "ralston", "bogacki-shampine", "rk4", "three-eighths", "dormand-prince",
-    "ab2", "ab3", "ab4", "deis2", "deis3", "deis4", "dpm2", "dpm3", "dpm++2m", "reversible-heun", "edict",
+    "ab2", "ab3", "ab4", "ab4:rising", "deis2", "deis3", "deis4", "dpm2", "dpm3", "dpm++2m", "reversible-heun", "edict",
 ]  # fmt: skip
 Counts = Annotated[list[int], BeforeValidator(lambda value: [value] if isinstance(value, int) else value)]
 
@@ -40,11 +40,10 @@ class VerifySettings(Settings):
         None, description="The loss whose gradient is taken, as for optimize.",
         json_schema_extra={"complete": "losses", "default": "for the built-in: class:two"},
     )  # fmt: skip
-    over: str = Field(
-        "noise",
-        pattern="^(noise|cond)$",
-        description="By what is differentiated: noise, or cond (the prompt's embedding).",
-        json_schema_extra={"complete": ["noise", "cond"]},
+    over: Strings = Field(
+        ["noise"],
+        description="By what is differentiated: noise, cond (the prompt's embedding), weights, lora, or patterns.",
+        json_schema_extra={"complete": ["noise", "cond", "weights", "lora"]},
     )
     methods: Strings | None = Field(
         None, description="Gradient methods, each with a flag of its own: exact:min, symplectic, continuous, ...",
@@ -76,7 +75,7 @@ class VerifySettings(Settings):
     memory: str | int | None = Field(
         None, description="What may be held, such as 6GiB.", json_schema_extra={"default": "any"}
     )
-    directions: int = Field(1, ge=0, description="Random directions of the finite-difference check.")
+    directions: int = Field(3, ge=0, description="Random directions of the finite-difference check.")
     reference_steps: int | None = Field(
         None, ge=8, description="Most steps of the true flow's reference.",
         json_schema_extra={"default": "twice --steps, at least 32"},
@@ -115,7 +114,7 @@ def verify(settings: VerifySettings) -> None:
 
     built_in = settings.model in PIPELINES
     names = (
-        "over", "methods", "solver", "steps", "grid", "form", "target", "tolerance", "memory", "directions",
+        "methods", "solver", "steps", "grid", "form", "target", "tolerance", "memory", "directions",
         "reference_steps", "negative_prompt", "height", "width", "seed", "out", "progress",
     )  # fmt: skip
     made = measure(
@@ -123,6 +122,7 @@ def verify(settings: VerifySettings) -> None:
         PROMPT if settings.prompt is None and built_in else settings.prompt,
         LOSS if settings.loss is None and built_in else settings.loss,
         guidance_scale=GUIDANCE if settings.guidance_scale is None and built_in else settings.guidance_scale,
+        over=settings.over[0] if len(settings.over) == 1 else settings.over,
         **{name: getattr(settings, name) for name in names},
     )
     dump(settings, settings.out / CONFIG, "verify")

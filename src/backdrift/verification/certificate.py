@@ -102,7 +102,7 @@ def verify(
     target: Target = "sampler",
     tolerance: float = 1e-2,
     memory: str | int | None = None,
-    directions: int = 1,
+    directions: int = 3,
     reference_steps: int | None = None,
     guidance_scale: float | None = None,
     negative_prompt: str | None = None,
@@ -127,7 +127,10 @@ def verify(
             not clamped; for a denoiser a function of the sample x0 (B, …) that returns one value per sample, or one.
             The built-in pipelines have a prompt and a loss of their own to be tried with.
         x_T, cond: for a denoiser: where the run starts, (B, …), and its conditioning.
-        over: by what is differentiated: ``"noise"`` (x_T), or ``"cond"`` (all floating tensors of the conditioning).
+        over: by what is differentiated: ``"noise"`` (x_T), ``"cond"`` (all floating tensors of the conditioning),
+            ``"weights"`` (all of the denoising network), ``"lora"``, or names or patterns of weights as ``train=`` of
+            :func:`~backdrift.differentiable` takes them. Weights have to require grad; none is changed, and their
+            ``grad`` stays as it is.
         methods: names (``backdrift.verification.menu.METHODS``), gradient methods, or a mapping from names to methods;
             a selection of all kinds if None.
         solver: a name, a solver, or several. A reversible method runs on the solver's McCallum–Foster coupling.
@@ -157,6 +160,8 @@ def verify(
         NonFiniteError: the sampler's own gradient is not finite.
     """
     _check(target, tolerance, directions, over)
+    if not isinstance(over, str) and len(over) == 1:
+        over = over[0]
     limit = None if memory is None else parse_size(memory)
     counts = _counts(steps)
     solvers = [solver_named(s) for s in (solver if isinstance(solver, list | tuple) else [solver])]
@@ -183,9 +188,10 @@ def verify(
     return _certificate(
         work, flow, dtype, target, tolerance, limit,
         about | {
-            "over": over, "steps": counts, "solver": [repr(s) for s in solvers], "grid": repr(samplers[0][-1].grid),
+            "over": over if isinstance(over, str) else list(over),
+            "steps": counts, "solver": [repr(s) for s in solvers], "grid": repr(samplers[0][-1].grid),
             "form": work.rows[0].form, "seed": seed, "directions": directions, "reference_steps": most,
-            "methods": [entry.name for entry in work.entries],
+            "methods": [entry.name for entry in work.entries], "weights": len(problem.weights),
         }, out,
     )  # fmt: skip
 
@@ -208,11 +214,16 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"out={str(folder)!r} holds something that is no certificate; give another folder.")
 
 
-def _check(target: str, tolerance: float, directions: int, over: str) -> None:
+def _check(target: str, tolerance: float, directions: int, over: Over) -> None:
     if target not in ("sampler", "flow"):
         raise InputError(f"target is 'sampler' (of the steps as taken) or 'flow'; got {target!r}")
-    if over not in ("noise", "cond"):
-        raise InputError(f"over is 'noise' or 'cond'; got {over!r}")
+    names = [over] if isinstance(over, str) else list(over) if isinstance(over, list | tuple) else []
+    mixed = len(names) > 1 and bool({"noise", "cond"} & set(names))
+    if not names or not all(isinstance(name, str) and name for name in names) or mixed:
+        raise InputError(
+            "over is one of 'noise', 'cond', 'weights' and 'lora', or names of weights such as 'unet.*attn2*'; "
+            f"got {over!r}"
+        )
     if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 < tolerance < math.inf:
         raise InputError(f"tolerance must be a positive number; got {tolerance!r}")
     if isinstance(directions, bool) or not isinstance(directions, int) or directions < 0:

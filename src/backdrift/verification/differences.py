@@ -42,6 +42,9 @@ class Slopes:
 def finite_differences(problem: Problem, sampler: Sampler, count: int, seed: int) -> Slopes:
     """The slopes of the sampler's loss along ``count`` random directions: 4 runs each.
 
+    A step is a hundredth of the tensors' usual entry. Along weights, where a million entries share it, it is a
+    thousandth of the whole: each weight moves by so much of its usual size.
+
     Args:
         problem: in float64.
         seed: of the directions.
@@ -52,7 +55,8 @@ def finite_differences(problem: Problem, sampler: Sampler, count: int, seed: int
     size = math.sqrt(sum(float(t.detach().square().sum()) for t in asked) / total) or 1.0
     directions = torch.randn(count, total, generator=draw, dtype=torch.float64)
     directions = directions / directions.norm(dim=1, keepdim=True)
-    slopes = [_slope(problem, sampler, _like(direction, asked), 1e-2 * size) for direction in directions]
+    step = 1e-3 * size * math.sqrt(total) if problem.over == "weights" else 1e-2 * size
+    slopes = [_slope(problem, sampler, _like(direction, asked), step) for direction in directions]
     return Slopes(directions, torch.tensor(slopes, dtype=torch.float64))
 
 

@@ -54,6 +54,7 @@ SOLVERS: dict[str, Callable[[], Solver]] = {
     "ab2": lambda: AdamsBashforth(2),
     "ab3": lambda: AdamsBashforth(3),
     "ab4": lambda: AdamsBashforth(4),
+    "ab4:rising": lambda: AdamsBashforth(4, start="rising"),
     "deis2": lambda: DEIS(2),
     "deis3": lambda: DEIS(3),
     "deis4": lambda: DEIS(4),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,11 @@ from ..denoiser import Denoiser
 from ..errors import InputError, MissingGradientError, UnsupportedError
 from ..losses import Loss
 from ..pipelines.load import noise
-from ..pipelines.shadow import shadow
+from ..pipelines.shadow import shadow, trained_parameters
 from ..pipelines.view import as_denoiser
+from .moved import MovedNetwork
 
-Over = Literal["noise", "cond"]
+Over = str | Sequence[str]
 Objective = Callable[[Tensor], Tensor]
 
 
@@ -32,14 +34,16 @@ class Problem:
         x_T: where the run starts, (B, …), float32 or float64.
         cond: the conditioning, a nest of tensors, or a function of time.
         objective: the sample x0 (B, …) -> values (B,), or one number.
-        over: by what is differentiated: ``"noise"`` (x_T) or ``"cond"`` (all floating tensors of it).
+        over: by what is differentiated: ``"noise"`` (x_T), ``"cond"`` (all floating tensors of it) or ``"weights"``.
+        weights: names of the network's parameters that are meant by the last.
     """
 
     model: Denoiser
     x_T: Tensor
     cond: Any
     objective: Objective
-    over: Over = "noise"
+    over: str = "noise"
+    weights: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -53,7 +57,8 @@ class Problem:
         return min((network, self.x_T.dtype), key=lambda dtype: -torch.finfo(dtype).eps)
 
     def leaves(self) -> tuple[Tensor, Any, list[Tensor]]:
-        """Fresh copies of ``x_T`` and ``cond``, and those of their tensors that require grad.
+        """Fresh copies of ``x_T`` and ``cond``, and the tensors to differentiate by: those of them that require grad,
+        or the network's own parameters.
 
         Raises:
             InputError: the conditioning has no tensors to differentiate by.
@@ -64,16 +69,33 @@ class Problem:
 
         x = self.x_T.detach().clone().requires_grad_(self.over == "noise")
         cond = nests.transform(leaf, self.cond)
+        if self.over == "weights":
+            return x, cond, self._parameters()
         asked = [x] if self.over == "noise" else [c for c in nests.tensors(cond) if c.requires_grad]
         if not asked:
             raise InputError("over='cond' needs floating tensors in cond; there are none: use over='noise'")
         return x, cond, asked
+
+    def _parameters(self) -> list[Tensor]:
+        return [self._module.get_parameter(name) for name in self.weights]
+
+    @property
+    def _module(self) -> nn.Module:
+        network = self.model.network
+        assert isinstance(network, nn.Module)  # what has named weights is one
+        return network
 
     def moved(self, by: list[Tensor], amount: float) -> Problem:
         """The same problem with the tensors asked for moved: ``+ amount * by``."""
         steps = iter(by)
         if self.over == "noise":
             return replace(self, x_T=self.x_T + amount * next(steps))
+        if self.over == "weights":
+            parameters = zip(self.weights, self._parameters(), steps, strict=True)
+            model = copy.copy(self.model)
+            moved = {name: p.detach() + amount * step for name, p, step in parameters}
+            model.network = MovedNetwork(self._module, moved)
+            return replace(self, model=model)
         cond = nests.transform(lambda c: c + amount * next(steps) if c.is_floating_point() else c, self.cond)
         return replace(self, cond=cond)
 
@@ -181,11 +203,34 @@ def of_pipeline(
     """
     if guidance_scale is None:
         guidance_scale = own_guidance(pipe)
-    view = as_denoiser(pipe, prompt, guidance_scale, negative_prompt=negative_prompt)
+    train = None if over in ("noise", "cond") else _train(pipe, over)
+    view = as_denoiser(pipe, prompt, guidance_scale, negative_prompt=negative_prompt, train=train)
     x_T = noise(pipe, height=height, width=width, seed=seed)
     if x_T.dtype not in (torch.float32, torch.float64):
         x_T = x_T.float()
-    return Problem(view.model, x_T, view.cond, PictureLoss(pipe.vae, loss, [prompt]), over)
+    problem = Problem(view.model, x_T, view.cond, PictureLoss(pipe.vae, loss, [prompt]))
+    if train is None:
+        return replace(problem, over=str(over))
+    network: Any = view.model.network
+    weights = tuple(name for name, p in network.named_parameters() if p.requires_grad)
+    return replace(problem, over="weights", weights=weights)
+
+
+def _train(pipe: Any, over: Over) -> Over:
+    """What ``train=`` has to name for ``over``.
+
+    Raises:
+        InputError: it names nothing, or weights of another network than the denoising one.
+    """
+    component = "unet" if isinstance(getattr(pipe, "unet", None), nn.Module) else "transformer"
+    train = component if over == "weights" else over
+    others = [name for name in trained_parameters(pipe, train) if not name.startswith(f"{component}.")]
+    if others:
+        raise InputError(
+            f"a certificate differentiates by weights of the denoising network alone, and over={over!r} names "
+            f"{others[0]} as well ({len(others)} in all): name those of the {component}, such as '{component}.*lora*'"
+        )
+    return train
 
 
 def own_guidance(pipe: Any) -> float:
@@ -200,7 +245,8 @@ def of_denoiser(model: Denoiser, x_T: Any, cond: Any, loss: Objective, over: Ove
     """The problem of a denoiser.
 
     Raises:
-        InputError: ``x_T`` is no batch of states, ``loss`` cannot be called, or ``cond`` is given per step.
+        InputError: ``x_T`` is no batch of states, ``loss`` cannot be called, ``cond`` is given per step, or ``over``
+            names no weights.
     """
     if not isinstance(x_T, Tensor) or not x_T.is_floating_point() or x_T.ndim == 0 or not len(x_T):
         shown = f"{x_T.dtype} {tuple(x_T.shape)}" if isinstance(x_T, Tensor) else type(x_T).__name__
@@ -215,7 +261,27 @@ def of_denoiser(model: Denoiser, x_T: Any, cond: Any, loss: Objective, over: Ove
     if moves(cond) and over == "cond":
         raise InputError("over='cond' needs cond as tensors, not as a function of time: use over='noise'")
     wide = x_T if x_T.dtype in (torch.float32, torch.float64) else x_T.float()
-    return Problem(model, wide, cond, loss, over)
+    if over in ("noise", "cond"):
+        return Problem(model, wide, cond, loss, str(over))
+    return Problem(model, wide, cond, loss, "weights", _named(model.network, over))
+
+
+def _named(network: Any, over: Over) -> tuple[str, ...]:
+    """The names of a network's parameters that require grad and that ``over`` means."""
+    trained = {} if not isinstance(network, nn.Module) else dict(network.named_parameters())
+    trained = {name: p for name, p in trained.items() if p.requires_grad}
+    patterns = ["*"] if over == "weights" else [over] if isinstance(over, str) else list(over)
+    chosen: dict[str, None] = {}
+    for pattern in patterns:
+        found = fnmatch.filter(trained, "*lora_*" if pattern == "lora" else pattern)
+        if not found:
+            held = f"such as {next(iter(trained))!r}" if trained else "of which there are none"
+            raise InputError(
+                f"over is 'noise', 'cond', 'weights', 'lora' or names of weights; {pattern!r} fits none of the "
+                f"network's parameters with requires_grad ({held})"
+            )
+        chosen |= dict.fromkeys(found)
+    return tuple(name for name in trained if name in chosen)
 
 
 def _widened(nest: Any) -> Any:

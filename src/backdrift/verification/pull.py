@@ -133,7 +133,9 @@ def adjoint_norms(
 def _back(x0: Tensor, asked: Sequence[Tensor], on_x0: Tensor) -> tuple[Tensor, ...]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # Reversible's fallback, which stats tell
-        return torch.autograd.grad(x0, asked, on_x0)
+        found = torch.autograd.grad(x0, asked, on_x0, allow_unused=True)
+    # A weight that the network has and does not use moves nothing.
+    return tuple(torch.zeros_like(a) if g is None else g for a, g in zip(asked, found, strict=True))
 
 
 def _vector(found: Sequence[Tensor]) -> Tensor:
