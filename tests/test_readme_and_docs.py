@@ -120,6 +120,10 @@ def test_commands_in_the_docs_exist_with_their_flags(page: str, line: str) -> No
     name, *words = shlex.split(line, comments=True)[1:]
     known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     assert name in known
+    while hasattr(known[name], "commands"):  # a group, such as `guide`
+        known = known[name].commands
+        name, *words = words
+        assert name in known
     used = {word.split("=")[0] for word in words if re.match(r"--?[a-z]", word)}
     assert used <= options_of(known[name]) | {"--help", "-h"}
 

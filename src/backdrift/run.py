@@ -50,6 +50,14 @@ The record (``record.json``, UTF-8, no NaN: an unknown number is ``null``)
 ``stats``                 {``network_calls``, ``redone``, ``vjps``, ``peak_bytes``, ``seconds``}: sums over
                           the run (``peak_bytes``: the maximum); a figure that is not known is ``null``
 ``figures``               {name: number or string}: the table of results to print
+``variants``              of runs that go several ways to the same end (``guide-…``): {name: what this way gave and
+                          cost}: ``n``, ``attempts`` (per step), ``steps`` (one object per guided step), ``scores``
+                          ({name: one number per sample}), ``seconds``, ``network_calls``, ``redone``, ``vjps``,
+                          ``decodes``, ``flagged``
+``comparison``            of the same: {``scores``: [{``name``, ``lower``}], ``rows``: [{``name``, ``scores``, costs}],
+                          ``note``}, the table to show
+``one_step``              of the same: measured tries of one-step guidance for each of n-step guidance's
+``curves``                of the same: {``label``, ``across``, ``note``, ``lines``: [{``name``, ``style``, ``points``}]}
 ========================  ============================================================================
 """
 
@@ -168,7 +176,7 @@ class Run:
         if not resume:
             raise InputError(f"{str(folder)!r} already holds a run and resume=False; give another folder.")
         if old.record["fingerprint"] != record["fingerprint"]:
-            if not old.finished and old.record["best"] is None:
+            if not old.finished and old.record["best"] is None and not old.record.get("variants"):
                 return None  # it failed before it had measured anything: there is nothing to lose
             raise InputError(
                 f"{str(folder)!r} holds a run with other settings ({difference(old.record, record)}). It was left "

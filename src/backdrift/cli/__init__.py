@@ -1,4 +1,4 @@
-"""The command line: ``backdrift generate | optimize | invert | ambigram | plan | doctor | verify | info | demo``.
+"""The command line: ``backdrift generate | optimize | invert | ambigram | guide | plan | doctor | verify | info | demo``.
 
 One file per command; each turns its settings into one call of the library and computes nothing itself.
 torch and diffusers are imported inside the commands, so that ``--help`` and ``--version`` are quick.
@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
-from . import ambigram, demo, doctor, generate, info, invert, optimize, plan, verify
+from . import ambigram, demo, doctor, generate, guide, info, invert, optimize, plan, verify
 
 app = typer.Typer(
     name="backdrift",
@@ -38,7 +38,7 @@ def _root(
     pass
 
 
-for _module in (generate, optimize, invert, ambigram, plan, doctor, verify, info, demo):
+for _module in (generate, optimize, invert, ambigram, guide, plan, doctor, verify, info, demo):
     _module.add_to(app)
 
 

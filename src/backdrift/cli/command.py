@@ -34,7 +34,7 @@ def command(app: typer.Typer, kind: type[C]) -> Callable[[Callable[[C], None]], 
         )
         invoked.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         invoked.__annotations__ = {p.name: p.annotation for p in parameters}
-        app.command(name=function.__name__, help=inspect.getdoc(function))(invoked)
+        app.command(name=function.__name__.rstrip("_"), help=inspect.getdoc(function))(invoked)
         return function
 
     return add

@@ -1,18 +1,29 @@
-"""Applications: each a configuration of the one optimisation loop, one per file."""
+"""Applications: each a configuration of the one optimisation loop or of guidance, one per file."""
 
 from __future__ import annotations
 
 from .ambigram import ambigram
 from .effect import measure_effect
 from .embedding import Embedding, load_embedding
+from .guided_aesthetic import guide_aesthetic
+from .guided_class import guide_class
+from .guided_object import guide_object
+from .guided_style import guide_style
+from .guiding import Guiding, Sampling
 from .invert import invert
 from .pairs import Pair, effect_pairs
 
 __all__ = [
     "Embedding",
+    "Guiding",
     "Pair",
+    "Sampling",
     "ambigram",
     "effect_pairs",
+    "guide_aesthetic",
+    "guide_class",
+    "guide_object",
+    "guide_style",
     "invert",
     "load_embedding",
     "measure_effect",

@@ -40,7 +40,7 @@ def again(folder: Path, record: Mapping[str, Any]) -> list[dict[str, str]]:
     """Blocks of text to copy, ``[{"title": …, "text": …}]``; empty when nothing is known for certain."""
     config = folder / CONFIG
     if config.is_file():
-        kind = str(record.get("kind", "optimize"))
+        kind = str(record.get("kind", "optimize")).replace("guide-", "guide ", 1)
         return [
             {"title": "On the command line", "text": f"backdrift {kind} --config {CONFIG} --out again"},
             {"title": CONFIG, "text": config.read_text(encoding="utf-8").strip()},

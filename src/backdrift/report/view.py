@@ -10,6 +10,7 @@ from typing import Any
 
 from . import figures
 from .again import again
+from .comparison import comparison, curves
 from .pictures import embed
 from .plot import Curve, draw
 
@@ -44,6 +45,8 @@ def view(folder: Path, record: Mapping[str, Any], *, blur_flagged: bool = True) 
         "tiles": tiles(record),
         "plots": plots(record),
         "trace": trace(record),
+        "comparison": comparison(record),
+        "curves": curves(record),
         "figures": [(k, figures.number(v)) for k, v in (record.get("figures") or {}).items()],
         "settings": sorted(settings(record.get("settings") or {})),
         "files": [(str(f["path"]), str(f.get("caption", ""))) for f in (record.get("files") or {}).values()]
