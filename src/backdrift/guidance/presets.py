@@ -42,8 +42,8 @@ class FreeDoM(Guidance):
     to t by fresh noise and again. It is :class:`~backdrift.SymplecticAdjointGuidance` with n = 1.
 
     Its Stable Diffusion code has 100 steps of DDPM's posterior (a stochastic sampler: DDIM with eta = 1), guides
-    those from 70 to 31 counted down, and repeats the first 30 of them three times: ``repeats=[1] * 30 + [3] * 30 +
-    [1] * 40``. A single number repeats all guided steps.
+    those from 70 to 31 counted down, and takes the first 30 of them three times:
+    ``repeats=[1] * 30 + [3] * 30 + [1] * 40``. A single number repeats all guided steps.
 
     Args:
         loss: as in SymplecticAdjointGuidance; the authors' is the Frobenius norm between Gram matrices of CLIP
