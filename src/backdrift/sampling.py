@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,10 +22,17 @@ from .noises import Brownian, GivenNoise, Noise
 from .schedules import Flow
 from .solvers import AdaptiveDormandPrince, Euler, Pair, ReversibleSolver, Solver, State
 from .stats import RunStats
-from .through import Chosen, Through
+from .through import All, Chosen, Through
 from .trace import Trace, Watch
 
 Grid = TimeGrid | Sequence[float] | Tensor | None
+
+
+class Guided(Protocol):
+    """What takes a run's steps in place of the solver alone: :class:`backdrift.guidance.Guidance`."""
+
+    def states(self, job: Job) -> Iterable[State]:
+        """The states at the nodes after the first, one by one."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,7 @@ def sample(
     trajectory: bool = False,
     check_finite: bool = True,
     through: Through | str = "all",
+    guidance: Guided | None = None,
 ) -> Solution:
     """Solve the probability-flow ODE of ``model`` from ``x_T``; the diffusion SDE with a stochastic solver.
 
@@ -102,6 +110,9 @@ def sample(
             (:mod:`backdrift.through` has the equations). Step i is interval i of the grid, with all evaluations that
             the solver makes for it (of an adaptive solver, the i-th accepted step); in the others the network is
             called once, without a graph, and its output is a constant. Needs ``Exact`` or ``Plain``.
+        guidance: pulls the states by a loss on the finished sample, such as
+            :class:`~backdrift.SymplecticAdjointGuidance`; the run has no graph then, and takes no ``gradient`` or
+            ``through`` of its own.
 
     Raises:
         InputError: an argument cannot be used, or no regular form leads over an interval.
@@ -116,6 +127,11 @@ def sample(
         >>> solution = sample(model, x_T, solver=AdamsBashforth(4), grid=TimeGrid("logsnr", steps=20))
         >>> loss(solution.x0).backward()
     """
+    if guidance is not None and (gradient is not None or Through.parse(through) != All()):
+        raise InputError(
+            "a guided run is not differentiated: leave out gradient= and through= (the guidance has a gradient= of its "
+            "own)"
+        )
     solver, gradient, through = solver or Euler(), gradient or Exact(), Through.parse(through)
     check_arguments(model, solver, gradient)
     plan = plan_for(model, solver, grid, form, _noise(noise, seed))
@@ -127,16 +143,21 @@ def sample(
     stats, start, before = RunStats(), time.perf_counter(), model.nfe
     job, found = _settled(Job(plan, model, x, cond, stats, trajectory, check_finite, pair), gradient)
     check_steps((cond, model.uncond), len(job.plan.intervals))
-    watch = _watch(through, job, gradient)
+    watch = None if guidance is not None else _watch(through, job, gradient)
     job = replace(job, watch=watch)
-    states = gradient.run(job) if found is None else found
+    states: Iterable[State]
+    if guidance is not None:
+        states = guidance.states(job)
+    else:
+        states = gradient.run(job) if found is None else found
     path = [state]
     for state in finite(states, job.plan.times) if check_finite else states:
         path[0 if not trajectory else len(path) :] = [state]
     stats.seconds_forward += time.perf_counter() - start
     graph = job.plan.graph
     times = torch.tensor(job.plan.times, dtype=torch.float64) if graph is None else graph
-    solution = _solution(path, times, trajectory, model.nfe - before, stats)
+    nfe = model.nfe - before if guidance is None else stats.calls_forward
+    solution = _solution(path, times, trajectory, nfe, stats)
     return solution if watch is None else replace(solution, trace=watch.trace)
 
 

@@ -97,4 +97,3 @@ class _SymplecticRun(WayBack):
         for index, on_ends in task.carry.pop("on_times").items():
             total[index : index + 2] += on_ends
         return total
-
