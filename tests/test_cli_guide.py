@@ -17,7 +17,8 @@ from backdrift.cli.guide import read_repeats, write_repeats
 from backdrift.errors import InputError
 from backdrift.run import Run
 
-QUICK = tuple("--steps 4 --n 2 --samples 1 --no-progress --start 0.2 --repeats 1 --one-step calls".split())
+QUICK = ("--steps", "4", "--n", "2", "--samples", "1", "--start", "0.2", "--repeats", "1", "--one-step", "calls",
+         "--no-progress")  # fmt: skip
 TASKS = {
     "style": ("a red seven on white", "--reference", "ref.png"),
     "aesthetic": ("a red seven on white",),

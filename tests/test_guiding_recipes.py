@@ -220,6 +220,17 @@ def test_the_page_shows_all_three_ways(done: Run) -> None:
     assert ends == pytest.approx(means)
 
 
+def test_what_the_safety_checker_flags_is_blurred(done: Run, tmp_path: Path) -> None:
+    pipe = tiny_sd(safety_checker=True)
+    pipe.safety_checker.concept_embeds_weights.fill_(-2.0)  # below any cosine: it flags everything
+    run = small(tmp_path / "flagged", pipe=pipe)
+    pictures = run.record["pictures"]
+    assert {name for name, entry in pictures.items() if entry.get("flagged")} == set(pictures) - {"reference"}
+    assert "blurred: a safety filter flagged it" in (run.folder / "report.html").read_text()
+    # the tensors are the pictures themselves, not blackened ones
+    assert torch.equal(run.tensors("n-step")["images"], done.tensors("n-step")["images"])
+
+
 def test_a_strip_keeps_both_ends() -> None:
     strip = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).expand(40, 3, 2, 2)
     shown, steps = along(strip, list(range(30, 70)))
