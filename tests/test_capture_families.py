@@ -306,6 +306,28 @@ def test_half_precision_keeps_the_pipelines_bits_and_the_state_in_float32(build:
     assert bool(slope.isfinite().all())
 
 
+def test_networks_that_wait_on_the_cpu_are_called_where_they_are() -> None:
+    """The "device" is the CPU here; accelerate's hooks are the real ones."""
+    pipe, arguments = prepared("sd")
+    expected = latents_of(pipe, arguments)
+    pipe.enable_model_cpu_offload(device="cpu")
+
+    def take(host: CapturedHost) -> Tensor:
+        evaluation = host.evaluate(host.x + 0.1)
+        model, cond, scale, times = host.continuation(evaluation)
+        x = host.x.clone().requires_grad_()
+        with torch.enable_grad():
+            pictures = host.decode(bd.sample(model, scale * x, cond, grid=times).x0)
+            (slope,) = torch.autograd.grad(pictures.sum(), x)
+        assert float(slope.abs().max()) > 0
+        return plain(host)
+
+    assert torch.equal(latents_of(pipe, arguments, take), expected)
+    assert hasattr(pipe.unet, "_hf_hook")
+    with pytest.raises(UnsupportedError, match="offloaded"):
+        Capture.of_clone(pipe)
+
+
 def refused(pipe: Any, arguments: dict[str, Any], match: str) -> None:
     def take(host: CapturedHost) -> Tensor:
         return host.evaluate(host.x).output
@@ -315,6 +337,8 @@ def refused(pipe: Any, arguments: dict[str, Any], match: str) -> None:
 
 
 def test_what_cannot_be_guided_is_refused_by_name() -> None:
+    from diffusers import FirstBlockCacheConfig
+
     pipe = tiny_controlnet()
     refused(pipe, {**text(pipe), "image": picture(), "guess_mode": True}, "guess_mode")
     pipe = tiny_sd3()
@@ -330,10 +354,9 @@ def test_what_cannot_be_guided_is_refused_by_name() -> None:
         },
         "UniPC",
     )
-
-    pipe = tiny_sd()
-    from diffusers import FirstBlockCacheConfig
-
     pipe = tiny_flux()
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
     refused(pipe, text(pipe), "disable_cache")
+    pipe = tiny_sd()
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    refused(pipe, text(pipe), "layerwise")

@@ -28,7 +28,7 @@ from .offloaded import execution_device
 from .recorded import Recorded
 from .refusals import check_components
 from .shadow import shadow, unwrapped
-from .states import check_states
+from .states import check_states, hooks_of
 from .stepped import KEY as _KEY
 from .stepped import Stepping
 from .stepping import _is_denoiser
@@ -171,9 +171,20 @@ class Capture:
             self._busy = before
 
     def _frozen(self, call: Recorded) -> nn.Module:
-        """The frozen copy of a network, made anew in each run: adapters and weights may be others."""
+        """The frozen copy of a network, made anew in each run: adapters and weights may be others.
+
+        Raises:
+            UnsupportedError: the network has hooks of diffusers'.
+        """
         if call.name not in self._shadows:
             module = unwrapped(call.module)
+            hook = next((name for _, _, name, _ in hooks_of(module)), None)
+            if hook is not None:
+                raise UnsupportedError(
+                    f"{call.name} has the hook {hook}. Caches keep one call's results for the next, and guidance makes "
+                    f"calls of its own between them; layerwise casting converts the weights around each call. Take it "
+                    f"off (pipe.{call.name}.disable_cache(), or load it in one dtype)"
+                )
             ours = shadow(module, set())
             own_forwards(module, ours)
             for hooks in (ours._forward_hooks, ours._forward_pre_hooks):

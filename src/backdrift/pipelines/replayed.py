@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError
 from .combination import Combination, learned
 from .recorded import Recorded, Times, Where, is_control, outputs_of
-from .states import hooks_of
 
 __all__ = ["StepNetwork"]
 
@@ -55,7 +54,7 @@ class StepNetwork(nn.Module):
                 f"{type(pipe).__name__} stepped without calling a network that takes a timestep, so the step cannot be "
                 "guided"
             )
-        _check_kind(pipe, calls, output, z)
+        _check_kind(pipe, output, z)
         self._made = {id(t): t for call in self._controls for t in outputs_of(call, call.output)}
         for call in self._calls:
             call.check_arguments(self._made)
@@ -107,7 +106,7 @@ class StepNetwork(nn.Module):
         return list(found.chunk(self._places[id(call)].copies))
 
 
-def _check_kind(pipe: Any, calls: Sequence[Recorded], output: Tensor, z: Tensor) -> None:
+def _check_kind(pipe: Any, output: Tensor, z: Tensor) -> None:
     name = type(pipe).__name__
     if output.shape != z.shape:
         raise UnsupportedError(
@@ -120,13 +119,6 @@ def _check_kind(pipe: Any, calls: Sequence[Recorded], output: Tensor, z: Tensor)
             f"{name} has another network ({others[0]}) for other noise levels, so one step's network does not lead to "
             "the clean end: such steps cannot be guided"
         )
-    for call in calls:
-        hook = next((hook for _, _, hook, _ in hooks_of(call.module)), None)
-        if hook is not None:
-            raise UnsupportedError(
-                f"{call.name} has the hook {hook}, which remembers one call for the next: guidance makes calls of its "
-                f"own between them. pipe.{call.name}.disable_cache()"
-            )
 
 
 def _input_dtype(call: Recorded) -> torch.dtype:
