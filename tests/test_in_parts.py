@@ -242,6 +242,30 @@ def test_a_whole_run_in_parts_ends_where_the_undivided_one_does(tmp_path: Path, 
     assert ends[0] != pytest.approx([e["loss"] for e in run.record["iterations"][:1]] * 4, rel=1e-6)
 
 
+def test_invert_scores_as_its_plan_says(tmp_path: Path, plans: list[Plan]) -> None:
+    class OnTargets(Waves):
+        def forward(self, images: Tensor, examples: Any = ()) -> Tensor:
+            return super().forward(images - torch.stack([e.target for e in examples]).to(images))
+
+    pipe = tiny_sd()
+    noises = bd.noise(pipe, height=SIDE, width=SIDE, seed=0, batch_size=BATCH)
+    targets = pictures(BATCH, SIDE, torch.float32).detach()
+    pairs = [
+        bd.recipes.Pair(prompt, target, noise=noise[None])
+        for prompt, target, noise in zip(["a 2", "b 7", "c 5", "d 1"], targets, noises, strict=True)
+    ]
+    norms = []
+    for memory in ("max", tight() + targets.nbytes):
+        run = bd.invert(
+            pipe, pairs, n_slots=2, loss=OnTargets(), height=SIDE, width=SIDE, num_inference_steps=STEPS, steps=1,
+            memory=memory, out=tmp_path / str(memory), progress=False,
+        )  # fmt: skip
+        norms.append(run.record["iterations"][0]["grad_norm"])
+    assert plans[-1].job.loss is not None
+    assert plans[-1].choices.loss == 1
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
 def test_a_run_divides_only_a_loss_that_can_be(plans: list[Plan]) -> None:
     pipe, budget = tiny_sd(), tight()
     call = call_of(pipe, STEPS, side=SIDE // 2, batch=BATCH)

@@ -14,6 +14,7 @@ import backdrift as bd
 from backdrift.cli import app
 from backdrift.cli.errors import BAD_INPUT
 from backdrift.errors import InputError, MissingGradientError
+from backdrift.pipelines.planned import count_job
 from backdrift.recipes import Embedding, Pair
 from small_jobs import PIPELINES, call_of, gradients, measured
 from tiny_pipelines import PICTURE, WIDTH, noise_for, tiny_sd
@@ -79,6 +80,23 @@ def test_a_truncated_plan_is_within_ten_percent_of_the_measured_peak() -> None:
         plan = bd.plan(pipe, **call, through="steps:0,2", choices=choices)
         used = measured(pipe, call, memory=plan, through="steps:0,2")
         assert plan.peak - plan.job.weights == pytest.approx(used, rel=0.1), choices
+
+
+def test_one_count_stands_for_all_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    from backdrift.pipelines import choosing
+
+    counted = []
+    monkeypatch.setattr(choosing, "count_job", lambda *a, **k: counted.append(1) or count_job(*a, **k))
+    pipe = PIPELINES["sd"]()
+    call, through = call_of(pipe, 4, side=16), bd.Random(2, seed=3)
+    steps = set()
+    for draw in range(4):
+        _, run = gradients(pipe, call, memory=10**9, through=through.at(draw))
+        assert run.plan is not None
+        assert run.plan.job.graded_calls == run.stats.vjps == 2
+        steps.add(run.trace.steps)
+    assert len(steps) > 1
+    assert len(counted) == 1
 
 
 def test_trained_weights_are_counted_though_no_argument_requires_grad() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..planning.choices import Choices
 from ..planning.job import Job
 from ..planning.meta import weight_bytes
 from ..planning.plan import Plan, make_plan
-from ..through import Through
+from ..through import Random, Through
 from .offloaded import execution_device
 from .planned import count_job
 from .shadow import Train, networks
@@ -88,6 +89,10 @@ class Chooser:
 
     def _job(self, args: Any, kwargs: Any, noise: torch.Tensor | None, through: Through) -> Job:
         jobs = _JOBS.setdefault(self._pipe, {})
+        if isinstance(
+            through, Random
+        ):  # the draws differ in which steps they are, not in how many: one stands for all
+            through = replace(through, seed=0, first=0)
         key = (
             _signature(args, kwargs, noise),
             _state(self._pipe),

@@ -231,8 +231,29 @@ def invert(
     figures = {"vectors": len(variable.start), **encoder.figures()}
     return Descent(
         pipe, variable, groups[0], loss or squared_error, options, run, heldout_examples=groups[1] or None,
-        callback=callback, progress=progress, figures=figures,
+        callback=callback, progress=progress, figures=figures, scorer=OnTargets(loss or squared_error, groups[0]),
     ).go()  # fmt: skip
+
+
+class OnTargets(torch.nn.Module):
+    """The loss as one of the pictures alone, for a memory budget that leaves room for it.
+
+    Args:
+        loss: ``loss(images, examples)``; its weights are found if it is a module.
+        examples: with targets.
+    """
+
+    targets: Tensor
+
+    def __init__(self, loss: Objective, examples: Sequence[Example]) -> None:
+        super().__init__()
+        self.loss, self.prompts = loss, [e.prompt for e in examples]
+        targets = [e.target for e in examples if e.target is not None]
+        self.register_buffer("targets", torch.stack(targets))
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = zip(self.prompts, self.targets, images, strict=False)
+        return self.loss(images, [Example(prompt, image, target) for prompt, target, image in rows])
 
 
 def squared_error(images: Tensor, examples: Sequence[Example]) -> Tensor:
