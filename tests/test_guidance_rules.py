@@ -233,7 +233,7 @@ RULES: dict[str, tuple[Callable[..., Guidance], Step]] = {
         lambda *a: mpgd(*a, strength=0.3, kept=True),
     ),
     "mpgd-recomputed": (
-        lambda **k: presets.MPGD(loss, 1.5, **k),
+        lambda **k: presets.MPGD(loss, 1.5, "recomputed", **k),
         lambda *a: mpgd(*a, strength=1.5, kept=False),
     ),
     "tfg-increase": (
@@ -299,6 +299,15 @@ def test_a_rule_is_the_same_in_sample(rule: str, name: str) -> None:
     size = Hand(case, 0).size[0]
     found = bd.sample(model, START * size, COND, grid=list(case.times), guidance=guidance).x0
     torch.testing.assert_close(found, by_hand(case, RULES[rule][1], repeats=2), rtol=1e-12, atol=1e-12)
+
+
+@any_case
+@any_rule
+def test_a_rule_lowers_the_loss(rule: str, case: Case) -> None:
+    make, _ = RULES[rule]
+    unguided = by_hand(case, lambda hand, x, i: hand.ddim(x, hand.eps(x, i), i))
+    found = guided(case, make(**ALL, repeats=1))
+    assert float(loss(picture(found)).sum()) < float(loss(picture(unguided)).sum())
 
 
 # --- one rule as a limit of another -----------------------------------------------------------------------
@@ -431,6 +440,7 @@ COSTS: dict[str, tuple[Callable[..., Guidance], tuple[int, int, int, int]]] = {
         (1, 1, 1, 5),
     ),
     "MPGD": (lambda **k: presets.MPGD(loss, **k), (1, 0, 0, 1)),
+    "MPGD, eps recomputed": (lambda **k: presets.MPGD(loss, 15.0, "recomputed", **k), (1, 0, 0, 1)),
     "TFG, 4 iterations": (lambda **k: presets.TFG(loss, **k), (1, 1, 1, 4)),
     "TFG, 4 iterations, 3 samples": (lambda **k: presets.TFG(loss, samples=3, **k), (1, 1, 1, 12)),
     "TFG, rho = 0, 4 iterations": (lambda **k: presets.TFG(loss, rho=0.0, **k), (1, 0, 0, 4)),

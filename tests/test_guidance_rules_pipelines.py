@@ -46,7 +46,7 @@ RULES: dict[str, Callable[..., Guidance]] = {
     "dps": lambda **k: presets.DPS(dark, 15.0, **k),
     "lgd": lambda **k: presets.LGD(dark, Relative(0.3), samples=2, **k),
     "universal": lambda **k: presets.UniversalGuidance(dark, 4.0, 2, 1.0, **k),
-    "mpgd": lambda **k: presets.MPGD(dark, 1.0, **k),
+    "mpgd": lambda **k: presets.MPGD(dark, 1.0, "recomputed", **k),
     "mpgd-kept": lambda **k: presets.MPGD(dark, 0.3, "kept", **k),
     "tfg": lambda **k: presets.TFG(dark, 0.5, 0.5, iterations=2, **k),
 }

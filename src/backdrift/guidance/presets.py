@@ -166,13 +166,14 @@ class UniversalGuidance(Guidance):
 class MPGD(Guidance):
     """Manifold Preserving Guided Diffusion (He et al., ICLR 2024), without projection: moves x0 alone.
 
-    The defaults are those of its Stable Diffusion code for style: 100 steps, guided from 70 to 31 counted down.
+    Its Stable Diffusion code for style is ``MPGD(loss, 15.0, "recomputed")``, guided from 70 to 31 counted down in 100
+    steps of DDPM's posterior. With fewer steps or another sampler the moved x0 has a larger share in each and 15 is far
+    too much; the default is the paper's own step with a strength of about the same size.
 
     Args:
         loss: as in SymplecticAdjointGuidance.
         strength: w of c_t = w * s * RMS(eps_c - eps_0)/RMS(grad); or a strength.
-        eps: ``"recomputed"`` from the moved x0 (the Stable Diffusion code), or ``"kept"`` (the paper's DDIM step),
-            for which a strength of 0.2 to 0.5 is of the same size.
+        eps: ``"kept"`` (the paper's DDIM step), or ``"recomputed"`` from the moved x0 (its Stable Diffusion code).
 
     Raises:
         InputError: an argument has an impossible value.
@@ -183,8 +184,8 @@ class MPGD(Guidance):
     def __init__(
         self,
         loss: Losses,
-        strength: float | Strength = 15.0,
-        eps: Eps = "recomputed",
+        strength: float | Strength = 0.3,
+        eps: Eps = "kept",
         start: float = 0.3,
         stop: float = 0.7,
         *,

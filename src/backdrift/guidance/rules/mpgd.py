@@ -48,8 +48,8 @@ class MPGDRule:
         InputError: an argument is out of range.
     """
 
-    strength: float | Strength = 15.0
-    eps: Eps = "recomputed"
+    strength: float | Strength = 0.3
+    eps: Eps = "kept"
 
     def __post_init__(self) -> None:
         strength_of(self.strength)
