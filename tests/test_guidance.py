@@ -422,6 +422,27 @@ def test_states_that_are_no_pictures_want_a_decoder() -> None:
     assert not torch.equal(bd.sample(model, x, guidance=decoded).x0, bd.sample(model, x).x0)
 
 
+def test_a_video_is_scored_frame_by_frame() -> None:
+    """Clean samples decoded to (B, F, 3, H, W): the loss is the mean over the frames, each with its sample's prompt."""
+    x, seen = start(2), []
+
+    def of_frames(images: Tensor, prompts: Any) -> Tensor:
+        seen.append((len(images), prompts))
+        return bright(images)
+
+    def video(x0: Tensor) -> Tensor:
+        return torch.stack([x0, 0.5 * x0, x0.flip(-1)], 1)
+
+    options: dict[str, Any] = {"prompts": ["one", "two"], "strip": True}
+    framed = bd.SymplecticAdjointGuidance(of_frames, 2, decode=video, **options)
+    by_hand = bd.SymplecticAdjointGuidance(
+        lambda z: (bright(z) + bright(0.5 * z) + bright(z.flip(-1))) / 3, 2
+    )
+    torch.testing.assert_close(guided_run(framed, x).x0, guided_run(by_hand, x).x0, rtol=1e-12, atol=1e-13)
+    assert seen[-1] == (6, ["one"] * 3 + ["two"] * 3)
+    assert framed.trace.strip(1).shape == (4, 3, 2, 2)
+
+
 # -- pieces ----------------------------------------------------------------------------------------
 
 

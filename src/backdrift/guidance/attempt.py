@@ -36,6 +36,21 @@ class Scoring(NamedTuple):
     preview: int = 0
     prompts: list[str] | None = None
 
+    def values(self, pictures: Tensor, prompts: list[str] | None) -> Tensor:
+        """The loss (B,) of pictures (B, 3, H, W), or of videos (B, F, 3, H, W) as the mean over their frames.
+
+        Args:
+            prompts: the host's.
+        """
+        prompts = prompts or self.prompts
+        if prompts is not None and len(prompts) > 1:
+            prompts = prompts[: len(pictures)]
+        if pictures.ndim != 5:
+            return self.loss(pictures, prompts)
+        count, frames = pictures.shape[:2]
+        each = None if prompts is None else [p for p in prompts for _ in range(frames)]
+        return self.loss(pictures.flatten(0, 1), each).view(count, frames).mean(1)
+
 
 @dataclass
 class Attempt:
@@ -71,7 +86,7 @@ class Attempt:
         with torch.enable_grad():
             leaf = x0.detach().requires_grad_()
             pictures = (self.scoring.decode or self.host.decode)(leaf)
-            values = self.scoring.loss(pictures, self.host.prompts or self.scoring.prompts)
+            values = self.scoring.values(pictures, self.host.prompts)
             if not values.requires_grad:
                 raise InputError(
                     f"the loss {self.scoring.loss.spec!r} does not depend on the picture in a way that gradients can "
@@ -133,7 +148,8 @@ class Attempt:
         entry.pull = [] if pull is None else _numbers(rms(pull))
         entry.n = n
         if self.scoring.preview and self._pictures is not None:
-            entry.see(self._pictures, self.scoring.preview)
+            seen = self._pictures
+            entry.see(seen[:, seen.shape[1] // 2] if seen.ndim == 5 else seen, self.scoring.preview)
 
 
 Rule = Callable[[Attempt], Tensor]

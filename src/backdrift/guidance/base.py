@@ -118,9 +118,7 @@ class Guidance:
         """
         with torch.enable_grad():
             leaf = x0[:2].detach().requires_grad_()  # of one alone a mean over the batch would go unseen
-            prompts = prompts or self.scoring.prompts
-            pictures = (self.scoring.decode or decode)(leaf)
-            values = self.loss(pictures, None if prompts is None else prompts[: len(leaf)])
+            values = self.scoring.values((self.scoring.decode or decode)(leaf), prompts)
         if not values.requires_grad:
             raise InputError(
                 f"the loss {self.loss.spec!r} does not depend on the picture in a way that gradients can follow: it "
