@@ -48,7 +48,7 @@ def resolve(spec: str | Callable[..., Tensor] | Mapping[Any, float] | Sequence[t
         return _sum([_term(text) for text in _split(spec)])
     if isinstance(spec, Mapping):
         return _sum([(_weight(weight, part), resolve(part)) for part, weight in spec.items()])
-    if isinstance(spec, list | tuple):
+    if isinstance(spec, Sequence):
         return _sum([_pair(entry) for entry in spec])
     return FunctionLoss(spec)
 
