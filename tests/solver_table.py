@@ -116,6 +116,10 @@ ROWS = [
     Row(AdamsBashforth(2), 24),
     Row(AdamsBashforth(3), 30),
     Row(AdamsBashforth(4), 50),
+    # Their error is their first step's, of order 2, as soon as that of the others is below it.
+    Row(AdamsBashforth(2, start="rising"), 24, only=REPRESENTATIVE),
+    Row(AdamsBashforth(4, start="rising"), 100, only=REPRESENTATIVE),
+    Row(DEIS(3, "lam", start="rising"), 100, only=(("linear", "exponential"),)),
     Row(DEIS(2), 24),
     Row(DEIS(3), 30),
     Row(DEIS(4), 50),
