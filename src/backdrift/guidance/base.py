@@ -14,7 +14,6 @@ from ..errors import InputError
 from ..gradients import Job
 from ..host import Host
 from ..losses import Loss, resolve
-from ..losses.weighted import WeightedSum
 from .attempt import Attempt, Rule, Scoring, plain
 from .estimate import Estimator
 from .streams import Streams
@@ -59,7 +58,7 @@ class Guidance:
         strip: bool | int = False,
         prompts: Sequence[str] | None = None,
     ) -> None:
-        self.rule, self.loss = rule, _loss(loss)
+        self.rule, self.loss = rule, resolve(loss)
         self.when = When.of(start, stop, steps, repeats)
         self.estimator = estimator or Estimator()
         for name, value in (("decode", decode), ("callback", callback)):
@@ -184,15 +183,3 @@ class Guidance:
         if self.callback is not None:
             self.callback(entry)
         return following
-
-
-def _loss(loss: Losses) -> Loss:
-    """One loss of all that is taken for losses."""
-    if isinstance(loss, Sequence) and not isinstance(loss, str):
-        terms = []
-        for term in loss:
-            if not (isinstance(term, Sequence) and not isinstance(term, str) and len(term) == 2):
-                raise InputError(f"a list of losses holds pairs (weight, loss); got {term!r}")
-            terms.append((float(term[0]), resolve(term[1])))
-        return WeightedSum(terms)
-    return resolve(loss)
