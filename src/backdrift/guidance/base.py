@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..gradients import Job
 from ..host import Host
-from ..losses import Loss, resolve
+from ..losses import resolve
 from .attempt import Attempt, Rule, Scoring, plain
 from .estimate import Estimator
 from .streams import Streams
