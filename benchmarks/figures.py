@@ -4,7 +4,8 @@
     python -m benchmarks.figures --write    # put it into the README
 
 ``results/exact_gradient.json`` becomes a table of methods. Any other results file may hold
-``"figures": [["what was measured", "value"], …]``; those rows are listed below it.
+``"figures": [["what was measured", "value"], …]``; those rows are listed below it, and then those beside other packages
+(``results/peers-*.json``).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 
 from .exact_gradient import RESULTS
+from .peers.page import figures as beside_peers
 from .record import Figures
 
 README = Path(__file__).parent.parent / "README.md"
@@ -97,6 +99,7 @@ def block(results: Path = RESULTS) -> str:
             rows += [
                 f"| {what} | {value} |" for what, value in json.loads(path.read_text()).get("figures", [])
             ]
+    rows += [f"| {what} | {value} |" for what, value in beside_peers(results)]
     if rows:
         parts.append("\n".join(["| measured | |", "|---|---|", *rows]))
     return "".join(f"{part}\n\n" for part in parts)
