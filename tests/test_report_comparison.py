@@ -51,6 +51,9 @@ def test_the_best_of_each_score_is_marked() -> None:
     assert [[cell["best"] for cell in row["cells"]] for row in found["rows"][:2]] == [[False, True]] * 2
     assert [row["name"] for row in found["rows"][:2]] == ["loss ↓", "CLIP <score> ↑"]
     assert found["rows"][0]["cells"][1]["text"] == "1 ± 0"
+    tied = record()
+    tied["comparison"]["rows"].append({**tied["comparison"]["rows"][1], "name": "n = 5"})
+    assert [cell["best"] for cell in comparison(tied)["rows"][0]["cells"]] == [False, True, True]
     same = record()
     same["comparison"]["rows"][1]["scores"] = same["comparison"]["rows"][0]["scores"]
     assert not any(cell["best"] for row in comparison(same)["rows"] for cell in row["cells"])

@@ -268,7 +268,10 @@ def _how(settings: GuideSettings, recipe: Any) -> Any:
     given = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
     if settings.repeats is not None:
         given["repeats"] = read_repeats(settings.repeats)
-    return replace(recipe.built_in(settings.model) if _built_in(settings) else recipe.PAPER, **given)
+    if not _built_in(settings):
+        return replace(recipe.PAPER, **given)
+    steps = settings.num_inference_steps or recipe.PAPER.num_inference_steps
+    return replace(recipe.built_in(settings.model, steps), **given)
 
 
 def read_repeats(text: str | int) -> int | tuple[tuple[float, int], ...]:

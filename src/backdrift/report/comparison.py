@@ -26,7 +26,7 @@ def comparison(record: Mapping[str, Any]) -> dict[str, Any]:
     for i, score in enumerate(scores):
         lower = bool(score.get("lower"))
         best = _best(ways, i, lower)
-        cells = [{"text": spread(way["scores"][i]), "best": k == best} for k, way in enumerate(ways)]
+        cells = [{"text": spread(way["scores"][i]), "best": k in best} for k, way in enumerate(ways)]
         rows.append({"name": f"{score['name']} {'↓' if lower else '↑'}", "cells": cells})
     for key, name in COSTS:
         rows.append(
@@ -64,12 +64,14 @@ def cost(key: str, value: Any) -> str:
     return figures.number(value)
 
 
-def _best(rows: Sequence[Mapping[str, Any]], score: int, lower: bool) -> int | None:
-    means = [_mean(row["scores"][score]) for row in rows]
+def _best(ways: Sequence[Mapping[str, Any]], score: int, lower: bool) -> set[int]:
+    """Which ways have the best mean; none where all are alike."""
+    means = [_mean(way["scores"][score]) for way in ways]
     known = [m for m in means if m is not None]
     if len(set(known)) < 2:
-        return None
-    return means.index(min(known) if lower else max(known))
+        return set()
+    best = min(known) if lower else max(known)
+    return {k for k, mean in enumerate(means) if mean == best}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
