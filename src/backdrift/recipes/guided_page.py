@@ -103,7 +103,8 @@ def headline(variants: Mapping[str, Any]) -> dict[str, Any]:
     """In how many samples the loss of n steps is below that of one."""
     ours, theirs = (variants[name]["scores"]["loss"] for name in (N_STEP, ONE_STEP))
     below = sum(a < b for a, b in zip(ours, theirs, strict=True))
-    return {f"loss with {called(N_STEP, variants[N_STEP])} below one-step guidance's": f"{below} of {len(ours)} samples"}
+    name = f"loss with {called(N_STEP, variants[N_STEP])} below one-step guidance's"
+    return {name: f"{below} of {len(ours)} samples"}
 
 
 def _draw(run: Run, task: Task, made: Mapping[str, Mapping[str, Tensor]]) -> None:
