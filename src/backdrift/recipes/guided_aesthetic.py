@@ -22,8 +22,8 @@ PAPER_LOSS = "0.1*pickscore + 2*hpsv2 + 0.5*aesthetic:v2"
 BUILT_IN_LOSS = "preference"
 #: Each guided step twice, then once (B.2); where it changes is that of FreeDoM's code, t = 40 of 100.
 PAPER = Guiding(repeats=((0.3, 2), (0.6, 1)))
-#: Strengths for the built-in pipelines in 100 steps, chosen by looking at pictures of seed 100, in 50.
-STRENGTHS = {"sd": 0.12, "flow": 0.08}
+#: Strengths for the built-in pipelines in 100 steps, chosen by eye (docs/guiding.md).
+STRENGTHS = {"sd": 0.12, "flow": 0.05}
 
 
 def built_in(model: str, num_inference_steps: int = PAPER.num_inference_steps) -> Guiding:

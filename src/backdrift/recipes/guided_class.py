@@ -16,7 +16,7 @@ from .judges import Judge, clip_score, open_clip, read_as, zero_shot
 
 #: As for styles, but from the first step on and twice: what is shown is decided early (SAG, section 4.5).
 PAPER = Guiding(start=0.0, repeats=2)
-#: Strengths for the built-in pipelines in 100 steps, chosen by looking at pictures of seed 100, in 50.
+#: Strengths for the built-in pipelines in 100 steps, chosen by eye (docs/guiding.md).
 STRENGTHS = {"sd": 0.05, "flow": 0.05}
 #: More classes than that are not put to a zero-shot CLIP.
 MOST_CLASSES = 100

@@ -25,7 +25,7 @@ from .references import centre, open_reference
 PAPER_CLIP = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 #: Every guided step is taken twice (B.3), from the first on: "personalization … at the chaotic stage" (section 4.5).
 PAPER = Guiding(start=0.0, repeats=2)
-#: Strengths for the built-in pipelines in 100 steps, chosen by looking at pictures of seed 100, in 50.
+#: Strengths for the built-in pipelines in 100 steps, chosen by eye (docs/guiding.md).
 STRENGTHS = {"sd": 0.05, "flow": 0.05}
 
 

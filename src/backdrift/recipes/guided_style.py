@@ -21,8 +21,8 @@ from .references import centre, open_reference
 
 #: The published settings: guided from t = 70 to 31 of 100, each step once until t = 61, then twice; n = 4.
 PAPER = Guiding()
-#: Strengths for the built-in pipelines in 100 steps, chosen by looking at pictures of seed 100, in 50.
-STRENGTHS = {"sd": 0.1, "flow": 0.05}
+#: Strengths for the built-in pipelines in 100 steps, chosen by eye (docs/guiding.md).
+STRENGTHS = {"sd": 0.1, "flow": 0.03}
 
 
 def built_in(model: str, num_inference_steps: int = PAPER.num_inference_steps) -> Guiding:
