@@ -107,6 +107,14 @@ def test_every_setting_of_the_library_is_one_of_the_commands() -> None:
     assert set(Sampling.__dataclass_fields__) - {"callback"} <= set(GuideSettings.model_fields)
 
 
+def test_strength_follows_the_steps_on_built_in_models_unless_given() -> None:
+    from backdrift.recipes.guided_style import PAPER, built_in
+
+    assert PAPER.strength == 0.2
+    assert built_in("sd", num_inference_steps=25, n=2).strength == pytest.approx(4 * built_in("sd").strength)
+    assert built_in("flow", num_inference_steps=25, strength=0.1).strength == 0.1
+
+
 def test_repeats_as_text() -> None:
     assert read_repeats(2) == 2
     assert read_repeats("0.3:1,0.4:2") == ((0.3, 1), (0.4, 2))

@@ -268,10 +268,9 @@ def _how(settings: GuideSettings, recipe: Any) -> Any:
     given = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
     if settings.repeats is not None:
         given["repeats"] = read_repeats(settings.repeats)
-    if not _built_in(settings):
-        return replace(recipe.PAPER, **given)
-    steps = settings.num_inference_steps or recipe.PAPER.num_inference_steps
-    return replace(recipe.built_in(settings.model, steps), **given)
+    if _built_in(settings):
+        return recipe.built_in(settings.model, **given)
+    return replace(recipe.PAPER, **given)
 
 
 def read_repeats(text: str | int) -> int | tuple[tuple[float, int], ...]:

@@ -22,13 +22,16 @@ STRENGTHS = {"sd": 0.05, "flow": 0.05}
 MOST_CLASSES = 100
 
 
-def built_in(model: str, num_inference_steps: int = PAPER.num_inference_steps) -> Guiding:
+def built_in(model: str, **given: Any) -> Guiding:
     """The settings for the built-in pipeline ``"sd"`` or ``"flow"``, with the guidance scale it was measured with.
 
     Every try pulls equally far, however many steps there are, so with fewer steps each pulls more.
+
+    Args:
+        given: settings in the place of these.
     """
-    strength = STRENGTHS[model] * PAPER.num_inference_steps / num_inference_steps
-    return replace(PAPER, num_inference_steps=num_inference_steps, guidance_scale=3.0, strength=strength)
+    share = PAPER.num_inference_steps / max(1, given.get("num_inference_steps", PAPER.num_inference_steps))
+    return replace(PAPER, **{"guidance_scale": 3.0, "strength": STRENGTHS[model] * share, **given})
 
 
 def guide_class(
