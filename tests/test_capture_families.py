@@ -263,13 +263,24 @@ def test_decoding_is_the_pipelines_own(name: str) -> None:
         given.last.decode(latents)
 
 
-def test_pixels_need_no_decoder_and_video_no_guess() -> None:
+def test_pixels_need_no_decoder() -> None:
     x = normal(2, 3, 8, 8)
     assert torch.equal(Decoder(tiny_pixels()).of([])(x), x / 2 + 0.5)
-    with pytest.raises(UnsupportedError, match="decode="):
-        Decoder(tiny_animatediff()).of([])(normal(1, 4, 2, 8, 8))
+
+
+def test_videos_are_decoded_frame_by_frame_or_as_the_pipeline_does() -> None:
+    pipe, latents = tiny_animatediff(), normal(1, 4, 2, 8, 8)
+    decoded = Decoder(pipe).of([])(latents)
+    frames = pipe.vae.decode(latents[0].transpose(0, 1) / pipe.vae.config.scaling_factor).sample / 2 + 0.5
+    torch.testing.assert_close(decoded, frames[None], rtol=0, atol=1e-6)
+    wan = tiny_wan()
+    mean, std = torch.tensor([0.1, -0.2, 0.0, 0.3]), torch.tensor([1.5, 0.7, 1.0, 2.0])
+    wan.vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    moved = latents * std.view(1, 4, 1, 1, 1) + mean.view(1, 4, 1, 1, 1)
+    expected = wan.vae.decode(moved).sample.transpose(1, 2) / 2 + 0.5
+    torch.testing.assert_close(Decoder(wan).of([])(latents), expected, rtol=0, atol=1e-6)
     with pytest.raises(UnsupportedError, match="AutoencoderKLWan"):
-        Decoder(tiny_wan()).of([])(normal(1, 4, 8, 8))
+        Decoder(wan).of([])(normal(1, 4, 8, 8))
 
 
 def test_a_half_precision_autoencoder_that_overflows_is_upcast() -> None:

@@ -16,6 +16,7 @@ from backdrift.guidance.attempt import plain
 from backdrift.guidance.streams import Streams
 from backdrift.guidance.travel import renoised
 from backdrift.host import Level
+from tiny_families import tiny_animatediff
 from tiny_pipelines import PICTURE, embeds_for, noise_for, tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
 
 STEPS = 8
@@ -333,6 +334,16 @@ def test_prompts_reach_the_loss() -> None:
         num_images_per_prompt=2,
     )  # fmt: skip
     assert seen == [["a cat", "a cat"]] * 2
+
+
+def test_a_video_is_guided() -> None:
+    pipe = tiny_animatediff()
+    call: dict[str, Any] = {"num_frames": 2, "num_inference_steps": STEPS, "seed": 1, **SIZE}
+    free, pulled = (bd.guide(pipe, "a cat", g, **call) for g in (Guidance(plain, dark), sag(2)))
+    assert free.images.shape == pulled.images.shape == (1, 2, 3, PICTURE, PICTURE)
+    per_frame = [dark(found.images.flatten(0, 1)).mean() for found in (free, pulled)]
+    assert per_frame[1] < per_frame[0]
+    assert len(pulled.pil[0]) == 2
 
 
 def test_flagged_pictures_are_told_and_not_blackened() -> None:

@@ -100,7 +100,7 @@ class Continuation(NamedTuple):
     """How :func:`backdrift.sample` goes on from a host's state: ``sample(model, scale * x, cond, grid=…)``.
 
     Attributes:
-        model: its first network call, at the evaluation's own state and time, is answered without the network.
+        model: reads the host's network (an estimate answers its first evaluation by what the host knows).
         cond: the conditioning.
         scale: ``z = scale * x``.
         times: the schedule's times of the host's nodes, this one first, falling, as far as the host goes; the last may
@@ -148,8 +148,11 @@ class Host(ABC):
         """
 
     def renew(self) -> None:
-        """From here on, noise that the sampler's own step adds is drawn anew; each :meth:`step` until the next renewal
-        adds the same. Nothing happens where the noise is a path that does not depend on the steps."""
+        """From here on, noise that the sampler's own step adds is drawn anew.
+
+        Each :meth:`step` until the next renewal adds the same. Nothing happens where the noise is a path that does not
+        depend on the steps.
+        """
 
     @abstractmethod
     def continuation(self, evaluation: Evaluation) -> Continuation:

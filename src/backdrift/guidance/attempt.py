@@ -43,11 +43,12 @@ class Scoring(NamedTuple):
             prompts: the host's.
         """
         prompts = prompts or self.prompts
-        if prompts is not None and len(prompts) > 1:
-            prompts = prompts[: len(pictures)]
+        count = len(pictures)
+        if prompts is not None:  # a rehearsal has fewer pictures, or more
+            prompts = prompts[:count] if len(prompts) > 1 else prompts * count
         if pictures.ndim != 5:
             return self.loss(pictures, prompts)
-        count, frames = pictures.shape[:2]
+        frames = pictures.shape[1]
         each = None if prompts is None else [p for p in prompts for _ in range(frames)]
         return self.loss(pictures.flatten(0, 1), each).view(count, frames).mean(1)
 

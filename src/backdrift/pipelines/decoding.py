@@ -1,11 +1,13 @@
 """Clean latents → pictures in [0, 1], by the pipeline's own decoder, differentiable and not clamped.
 
 What lies between latents and decoder is the pipeline's: division by the scaling factor, shift or per-channel mean and
-standard deviation (where its code says so), packing into tokens. A pipeline for which that is not known is refused.
+standard deviation (where its code says so), packing into tokens, the way of videos. A pipeline for which that is not
+known is refused.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -23,6 +25,8 @@ from .twins import names
 __all__ = ["Decoder"]
 
 _KNOWN = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
+# Decoders of videos: of frames one by one, and of the whole.
+_OF_VIDEO = ("AutoencoderKL", "AutoencoderKLCogVideoX", "AutoencoderKLWan")
 
 
 class Decoder:
@@ -31,7 +35,7 @@ class Decoder:
     Args:
         pipe: the pipeline; it is not changed.
         decode: takes the decoder's place: clean latents, as the pipeline's scheduler steps them, to pictures
-            (B, 3, H, W) in [0, 1].
+            (B, 3, H, W), or videos (B, F, 3, H, W), in [0, 1].
     """
 
     def __init__(self, pipe: Any, decode: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -51,11 +55,17 @@ class Decoder:
             pictures = self._given(x0)
         elif not any(hasattr(value, "decode") for value in _networks(self._pipe)):
             pictures = self._pixels(x0)
+        elif x0.ndim == 5:
+            pictures = self._video(x0)
         else:
             pictures = self._decoded(self._unpacked(calls, x0))
-        if not isinstance(pictures, Tensor) or pictures.ndim != 4 or pictures.shape[:2] != (len(x0), 3):
-            shown = tuple(pictures.shape) if isinstance(pictures, Tensor) else type(pictures).__name__
-            raise InputError(f"decoding {tuple(x0.shape)} gives pictures ({len(x0)}, 3, H, W); got {shown}")
+        shape = pictures.shape if isinstance(pictures, Tensor) else ()
+        if len(shape) not in (4, 5) or shape[0] != len(x0) or shape[-3] != 3:
+            shown = tuple(shape) if isinstance(pictures, Tensor) else type(pictures).__name__
+            raise InputError(
+                f"decoding {tuple(x0.shape)} gives pictures ({len(x0)}, 3, H, W) or videos ({len(x0)}, F, 3, H, W); "
+                f"got {shown}"
+            )
         return pictures
 
     def _pixels(self, x0: Tensor) -> Tensor:
@@ -63,6 +73,29 @@ class Decoder:
         if x0.ndim != 4 or x0.shape[1] != 3:
             raise self._unknown(f"has no decoder, and its state {tuple(x0.shape)} is no picture (B, 3, H, W)")
         return x0 / 2 + 0.5
+
+    def _video(self, x0: Tensor) -> Tensor:
+        """Videos (B, F, 3, H, W) of latents in space and time: by the pipeline's ``decode_latents``, or as Wan's."""
+        cls = plain_class(type(self._pipe))
+        own = hasattr(cls, "decode_latents")
+        vae: Any = self._vae(x0.device, _OF_VIDEO)
+        given = x0.to(next(vae.parameters()).dtype)
+        if own:
+            clone = copy.copy(self._pipe)
+            clone.__dict__["vae"] = vae
+            video = cls.decode_latents(clone, given)
+        elif type(vae).__name__ == "AutoencoderKLWan" and {"latents_mean", "latents_std"} <= _said(
+            self._pipe
+        ):
+            mean, std = (
+                torch.tensor(v).view(1, -1, 1, 1, 1).to(given)
+                for v in (vae.config.latents_mean, vae.config.latents_std)
+            )
+            # The pipeline's own arithmetic: divided by the inverse.
+            video = vae.decode(given / (1.0 / std) + mean, return_dict=False)[0]
+        else:
+            raise self._unknown(f"steps {tuple(x0.shape)}, whose way to pictures is not known")
+        return video.transpose(1, 2).to(x0.dtype) / 2 + 0.5
 
     def _unpacked(self, calls: Sequence[Recorded], x0: Tensor) -> Tensor:
         """Latents (B, channels, h, w) of tokens (B, h w / 4, 4 channels)."""
@@ -85,7 +118,7 @@ class Decoder:
         return pipe._unpack_latents(x0, rows * unit, columns * unit, pipe.vae_scale_factor)
 
     def _decoded(self, latents: Tensor) -> Tensor:
-        vae: Any = self._vae(latents.device)
+        vae: Any = self._vae(latents.device, _KNOWN)
         config = vae.config
         said = _said(self._pipe)
         given = latents.to(next(vae.parameters()).dtype)
@@ -101,15 +134,15 @@ class Decoder:
         pictures = vae.decode(given, return_dict=False)[0]
         return pictures.to(latents.dtype) / 2 + 0.5
 
-    def _vae(self, device: torch.device) -> nn.Module:
-        """The frozen copy of the autoencoder, on the latents' device."""
+    def _vae(self, device: torch.device, known: tuple[str, ...]) -> nn.Module:
+        """The frozen copy of the autoencoder, on the latents' device; of one of the ``known`` classes."""
         if self._frozen is not None:
             return self._frozen
         pipe = self._pipe
         vae: Any = getattr(pipe, "vae", None)
         cls = type(unwrapped(vae)).__name__ if isinstance(vae, nn.Module) else "another decoder than vae"
-        if cls not in _KNOWN or is_modular(plain_class(type(pipe))):
-            raise self._unknown(f"has {cls}; known are {', '.join(_KNOWN)} in an ordinary pipeline")
+        if cls not in known or is_modular(plain_class(type(pipe))):
+            raise self._unknown(f"has {cls}; known are {', '.join(known)} in an ordinary pipeline")
         processor = image_processors(pipe).get("image_processor")
         if processor is not None and not processor.config.get("do_normalize", True):
             raise self._unknown("has an image processor without do_normalize")
@@ -126,7 +159,7 @@ class Decoder:
     def _unknown(self, what: str) -> UnsupportedError:
         return UnsupportedError(
             f"{type(self._pipe).__name__} {what}: pass decode=, a function from its clean latents to pictures "
-            "(B, 3, H, W) in [0, 1], not clamped"
+            "(B, 3, H, W), or videos (B, F, 3, H, W), in [0, 1], not clamped"
         )
 
 
