@@ -147,7 +147,7 @@ class Host(ABC):
         after the last call.
         """
 
-    def renew(self) -> None:
+    def renew(self) -> None:  # noqa: B027 - most hosts have nothing to renew
         """From here on, noise that the sampler's own step adds is drawn anew.
 
         Each :meth:`step` until the next renewal adds the same. Nothing happens where the noise is a path that does not
