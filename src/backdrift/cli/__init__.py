@@ -1,4 +1,4 @@
-"""The command line: ``backdrift generate | optimize | invert | ambigram | guide | plan | doctor | verify | info | demo``.
+"""The command line: ``backdrift generate``, ``optimize``, ``invert``, ``ambigram``, ``guide``, ``plan`` and more.
 
 One file per command; each turns its settings into one call of the library and computes nothing itself.
 torch and diffusers are imported inside the commands, so that ``--help`` and ``--version`` are quick.
