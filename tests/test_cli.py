@@ -35,7 +35,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 def call(*args: str) -> Result:

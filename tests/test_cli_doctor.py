@@ -27,7 +27,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(autouse=True)
 def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 def call(*args: str) -> Result:

@@ -106,7 +106,6 @@ def test_a_blackened_target_is_refused_as_something_to_learn_from() -> None:
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     pipe = tiny_sd(safety_checker=True)
     pipe.safety_checker.concept_embeds_weights.fill_(-2.0)  # below any cosine: it flags everything
     pipe.save_pretrained("model")

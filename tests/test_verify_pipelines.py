@@ -135,7 +135,6 @@ def test_other_families_and_missing_settings_are_refused_by_name() -> None:
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     tiny_sd().save_pretrained(tmp_path / "model")
     return "model"
 
