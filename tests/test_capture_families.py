@@ -85,6 +85,22 @@ def with_weights(module: Any) -> Any:
     return module
 
 
+def tiny_adapter() -> Any:
+    """A StableDiffusionAdapterPipeline: its UNet takes the adapter's features out of the list that it is given."""
+    from diffusers import StableDiffusionAdapterPipeline, T2IAdapter
+
+    torch.manual_seed(1)
+    adapter = T2IAdapter(
+        in_channels=3, channels=[8, 16], num_res_blocks=1, downscale_factor=2, adapter_type="full_adapter"
+    )
+    down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
+    parts = tiny_sd(down_block_types=down, up_block_types=up).components
+    parts = {k: v for k, v in parts.items() if k != "image_encoder"}
+    pipe = StableDiffusionAdapterPipeline(**parts, adapter=adapter.eval(), requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def tiny_sd3_controlnet() -> Any:
     from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetPipeline
 
@@ -120,6 +136,11 @@ def text(pipe: Any) -> dict[str, Any]:
 Case = tuple[Callable[[], Any], Callable[[Any], dict[str, Any]]]
 CASES: dict[str, Case] = {
     "sd": (tiny_sd, text),
+    "sd, two pictures": (
+        tiny_sd,
+        lambda pipe: {**text(pipe), "latents": normal(2, 4, 8, 8), "num_images_per_prompt": 2},
+    ),
+    "t2i adapter": (tiny_adapter, lambda pipe: {**text(pipe), "image": picture()}),
     "sdxl": (tiny_sdxl, text),
     "sd3": (tiny_sd3, text),
     "flux": (tiny_flux, text),
