@@ -16,6 +16,7 @@ from .clip import CLIPText
 from .clip_image import CLIPImage
 from .clip_images import ImageEncoder
 from .content import Content
+from .cutouts import Cutouts
 from .feature_maps import FeatureMaps
 from .hpsv2 import HPSv2
 from .identity import Identity
@@ -45,6 +46,7 @@ __all__ = [
     "Colour",
     "Content",
     "Contrast",
+    "Cutouts",
     "FeatureMaps",
     "FunctionLoss",
     "GramStyle",
