@@ -61,6 +61,8 @@ def test_as_text() -> None:
     expected = 0.5 * one(x) + bd.losses.resolve("contrast")(x)
     torch.testing.assert_close(loss(x), expected)
     assert one.spec == "cutouts:3 brightness"
+    other = bd.losses.Cutouts("brightness", 4, power=0.7, least=0.25, seed=9)
+    assert torch.equal(bd.losses.resolve(other.spec)(x), other(x))
     for wrong in ("cutouts:clip:a", "cutouts:4", "cutouts:-1 brightness"):
         with pytest.raises(InputError, match="number of crops"):
             bd.losses.resolve(wrong)

@@ -1,13 +1,14 @@
 """A loss on random crops of a picture: the mean over them, so that no single framing is what pleases it.
 
-Crops are squares whose side is ``short * (least + (1 - least) u^power)`` with u uniform in [0, 1), placed uniformly (Crowson's
-cut-outs for CLIP guidance; AdjointDPM's vocabulary expansion takes 16 of them with power 0.3). They are drawn once, so the
-loss is a function: the same picture has the same value, in every call and at every place in a batch.
+Crops are squares whose side is ``short * (least + (1 - least) u^power)`` with u uniform in [0, 1), placed uniformly
+(Crowson's cut-outs for CLIP guidance; AdjointDPM's vocabulary expansion takes 16 of them with power 0.3). They are drawn
+once, so the loss is a function: the same picture has the same value, in every call and at every place in a batch.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor
 from ..errors import InputError
 from .base import Loss
 from .registry import register
+
+_NUMBERS = re.compile(r"(\d+)(?:/([\d.e-]+)/([\d.e-]+)/(\d+))?")
 
 
 @register("cutouts", argument="a number of crops, then a loss", example="cutouts:4 clip:a blue two")
@@ -55,18 +58,22 @@ class Cutouts(Loss):
             count, 3, generator=generator, dtype=torch.float64
         ).tolist()
         usual = (power, least, seed) == (0.3, 0.5, 0)
-        self.spec = f"cutouts:{count} {self.loss.spec}" + (
-            "" if usual else f" [{power:g}, {least:g}, {seed}]"
-        )
+        more = "" if usual else f"/{power:g}/{least:g}/{seed}"
+        self.spec = f"cutouts:{count}{more} {self.loss.spec}"
 
     @classmethod
     def from_text(cls, text: str) -> Cutouts:
-        number, _, rest = text.strip().partition(" ")
-        if not number.isdigit() or not rest.strip():
+        numbers, _, rest = text.strip().partition(" ")
+        found = _NUMBERS.fullmatch(numbers)
+        if found is None or not rest.strip():
             raise InputError(
-                f"cutouts take a number of crops and a loss, as in 'cutouts:16 clip:a blue two'; got {text!r}."
+                "cutouts take a number of crops and a loss, as in 'cutouts:16 clip:a blue two' (or 'cutouts:"
+                f"16/power/least/seed clip:a blue two'); got {text!r}."
             )
-        return cls(rest.strip(), int(number))
+        count, power, least, seed = found.groups()
+        if power is None:
+            return cls(rest.strip(), int(count))
+        return cls(rest.strip(), int(count), float(power), float(least), int(seed))
 
     def crops(self, height: int, width: int) -> list[tuple[int, int, int]]:
         """Top, left and side of each crop of a picture of that size."""
