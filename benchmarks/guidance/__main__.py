@@ -82,13 +82,14 @@ def run(
     name: str,
     group: Annotated[list[str] | None, typer.Option(help="Only these groups of rows.")] = None,
     cases: Annotated[int | None, typer.Option(help="Only the first so many cases.")] = None,
+    rule: Annotated[list[str] | None, typer.Option(help="Only these methods, beside SAG.")] = None,
     folder: Folder = FOLDER,
     pictures: Path = PICTURES,
 ) -> None:
     """One table."""
     setting, task = Setting(), TASKS[name]
     bench = Bench(task, setting, results(folder, name, setting), pictures)
-    plan.compare(bench, known_units(folder, setting, task), group or (), cases)
+    plan.compare(bench, known_units(folder, setting, task), group or (), cases, rule or ())
 
 
 @app.command()

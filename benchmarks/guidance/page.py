@@ -63,32 +63,36 @@ def rows_of(table: Table) -> list[tuple[Way, Data, str]]:
 
 
 def compared(table: Table, task: str) -> str:
-    """One line for each way: scores, differences to SAG, cost."""
+    """One line for each way: scores, differences to SAG, cost; each on the cases that SAG and it were measured on."""
     every = rows_of(table)
-    cases = table.cases([key for _, key, _ in every], _cases(table))
-    if not cases:
+    ours = next((key for way, key, _ in every if way.rule == SAG), None)
+    if ours is None or len(every) < 2:
         return "Not measured yet."
-    ours = next(key for way, key, _ in every if way.rule == SAG)
+    cases = table.cases([ours], _cases(table))
+    pictures = len(table.values(ours, cases, "loss"))
     scores = SHOWN[task]
-    head = ["", *(f"{NAMES.get(s, s)} {'↑' if s in HIGHER else '↓'}" for s in scores)]
+    head = ["", *(f"{s} {'↑' if s in HIGHER else '↓'}" for s in scores)]
     head += ["loss − SAG's", "attempts", "calls + VJPs + decodings", "seconds"]
     lines = []
     for way, key, group in every:
-        counts = table.counts(key, cases)
+        own = table.cases([key, ours], cases)
+        counts, label = table.counts(key, own), called(way)
+        if way.rule not in (UNGUIDED, SAG):
+            label += f", {group}"
+        if len(own) < len(cases):
+            label += f" ({len(table.values(key, own, 'loss'))} pictures)"
         lines.append(
             [
-                called(way) + (f", {group}" if way.rule not in (UNGUIDED, SAG) else ""),
-                *(shown(table.mean(key, cases, s)) for s in scores),
-                "" if key == ours else shown(table.beyond(key, ours, cases, "loss"), sign=True),
+                label,
+                *(shown(table.mean(key, own, s)) for s in scores),
+                "" if key == ours else shown(table.beyond(key, ours, own, "loss"), sign=True),
                 "" if way.rule == UNGUIDED else str(_attempts(way, table)),
                 f"{counts.forward + counts.redone - counts.vjps} + {counts.vjps} + {counts.decodes}",
-                number(table.seconds(key, cases)),
+                number(table.seconds(key, own)),
             ]
         )
-    pictures = len(table.values(ours, cases, "loss"))
-    return f"{pictures} pictures a row ({len(cases)} runs of {pictures // len(cases)}).\n\n" + _table(
-        head, lines
-    )
+    text = f"{pictures} pictures a row ({len(cases)} runs of {pictures // len(cases)}).\n\n"
+    return text + _table(head, lines)
 
 
 def _cases(table: Table) -> list[Data]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..plot import plain_ticks
+from . import plan
 from .setting import Case, picture
 from .tables import TITLES, Data, Table
 from .tasks import TASKS, subject
@@ -107,21 +108,24 @@ def strengths(table: Table, path: Path) -> bool:
 
 
 def by_n(table: Table, path: Path) -> bool:
-    """Loss, second judge and cost against n."""
+    """Differences to the usual n in loss and CLIP score, picture by picture, and the cost, against n."""
     ways = [w for w in table.data.get("ablations", {}).get("n", []) if table.has(w)]
     cases = table.cases(ways, table.data.get("ablated cases", [])) if ways else []
-    if len(ways) < 2 or not cases:
+    usual = next((w for w in ways if w.get("n") == plan.N), None)
+    if len(ways) < 2 or not cases or usual is None:
         return False
     figure, axes = _figure(3, 4.1)
     ns = [Way(**w).n for w in ways]
     for axis, score, title in zip(axes, ("loss", "CLIP score"), ("style loss", "CLIP score"), strict=False):
-        found = [table.mean(w, cases, score) for w in ways]
-        axis.errorbar(
-            ns, [m.value for m in found], [m.error for m in found], fmt="o-", color=COLOURS[SAG], capsize=2
-        )
-        axis.set(xlabel="n, steps of the estimate", title=f"{title} (± standard error)")
+        found = [table.beyond(w, usual, cases, score) for w in ways]
+        values, errors = [m.value for m in found], [m.error for m in found]
+        axis.errorbar(ns, values, errors, fmt="o-", color=COLOURS[SAG], capsize=2)
+        axis.axhline(0, color="#999999", lw=0.8)
+        axis.set(xlabel="n, steps of the estimate", title=f"{title} − that of n = {plan.N} (± standard error)")
+        axis.title.set_fontsize(10)
     axes[2].plot(ns, [table.seconds(w, cases) for w in ways], "o-", color=COLOURS[SAG])
     axes[2].set(xlabel="n, steps of the estimate", title="seconds of a run of five pictures", ylim=(0, None))
+    axes[2].title.set_fontsize(10)
     return _save(figure, path)
 
 
@@ -190,7 +194,11 @@ def samples(table: Table, task: str, pictures: Path, path: Path) -> bool:
     from .page import rows_of
 
     every = rows_of(table)
-    known = table.cases([key for _, key, _ in every], [c.key for c in TASKS[task].cases]) if every else []
+    known = (
+        table.cases([k for _, k, _ in every], [c.key for c in plan.spread(TASKS[task].cases)])
+        if every
+        else []
+    )
     chosen = _examples(known)
     rows, labels = [], []
     if task != "aesthetic" and chosen:
@@ -213,9 +221,8 @@ def samples(table: Table, task: str, pictures: Path, path: Path) -> bool:
 def _examples(cases: Sequence[Data]) -> list[Data]:
     """Ten cases at most, two of each reference, of different prompts."""
     found: list[Data] = []
-    for place, reference in enumerate(dict.fromkeys(c["reference"] for c in cases)):
-        own = [c for c in cases if c["reference"] == reference]
-        found += [own[(place + k) % len(own)] for k in range(0, min(4, len(own)), 2)]
+    for reference in dict.fromkeys(c["reference"] for c in cases):
+        found += [c for c in cases if c["reference"] == reference][:2]
     return found[:10]
 
 
