@@ -1,8 +1,9 @@
 """A loss on random crops of a picture: the mean over them, so that no single framing is what pleases it.
 
 Crops are squares whose side is ``short * (least + (1 - least) u^power)`` with u uniform in [0, 1), placed uniformly
-(Crowson's cut-outs for CLIP guidance; AdjointDPM's vocabulary expansion takes 16 of them with power 0.3). They are drawn
-once, so the loss is a function: the same picture has the same value, in every call and at every place in a batch.
+(Crowson's cut-outs for CLIP guidance; AdjointDPM's vocabulary expansion takes 16 of them with power 0.3). They are
+drawn once, so the loss is a function: the same picture has the same value, in every call and at every place in a
+batch.
 """
 
 from __future__ import annotations
