@@ -13,9 +13,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "optimize_noise": {"steps": 2, "num_inference_steps": 2},
     "invert_an_effect": {"steps": 1, "num_inference_steps": 2},
     "ambigrams": {"seeds": 1, "steps": 1, "num_inference_steps": 2},
+    "guide_a_class": {"samples": 1, "num_inference_steps": 10},
 }
 LEAVES = {
     "invert_an_effect": ["another.png", "embedding.safetensors", "report.html"],
+    "guide_a_class": ["report.html", "pictures/unguided.png", "record.json"],
     "ambigrams": ["report.html", "pictures/upside-down.png", "pictures/one-step-guidance.png"],
 }
 
