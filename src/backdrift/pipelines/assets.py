@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,8 +41,23 @@ def load_clip() -> tuple[CLIPModel, CLIPTokenizer]:
     from transformers import CLIPModel, CLIPTokenizer
 
     path = folder("clip")
-    clip = CLIPModel.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
+    with _without_bars():
+        clip = CLIPModel.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
     return clip, CLIPTokenizer.from_pretrained(path)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers' progress bars switched off: for what is loaded in a blink, in the middle of other output."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_classifier() -> SceneClassifier:
