@@ -11,7 +11,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, wraps
 from types import TracebackType
 from typing import Any
 
@@ -31,7 +30,7 @@ from .shadow import shadow, unwrapped
 from .states import check_states, hooks_of
 from .stepped import KEY as _KEY
 from .stepped import Stepping
-from .stepping import _is_denoiser
+from .stepping import _is_denoiser, listened
 
 __all__ = ["Capture"]
 
@@ -108,7 +107,7 @@ class Capture:
             handles.append(module.register_forward_hook(_after(me, name), with_kwargs=True))
         base: Any = type(scheduler)
         scheduler.__dict__[_KEY] = _Link(me)
-        scheduler.__class__ = _heard(base)
+        scheduler.__class__ = listened(base, _KEY)
         self._finalizer = weakref.finalize(self, _restore, handles, scheduler, base)
 
     @classmethod
@@ -247,6 +246,11 @@ class _Link:
     def __init__(self, capture: Callable[[], Capture | None]) -> None:
         self.capture = capture
 
+    def step(self, scheduler: Any, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """One call of the scheduler's ``step``."""
+        capture = self.capture()
+        return fn(*args, **kwargs) if capture is None else capture.step(scheduler, fn, args, kwargs)
+
     def __deepcopy__(self, memo: Any) -> _Link:
         return self
 
@@ -273,29 +277,9 @@ def _after(capture: Callable[[], Capture | None], name: str) -> Callable[..., No
     return hook
 
 
-@cache
-def _heard(base: Any) -> Any:
-    """A subclass of a scheduler's class, by the same name, whose steps are heard."""
-
-    @wraps(base.step)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        link = self.__dict__.get(_KEY)
-        capture = None if link is None else link.capture()
-        fn = base.step.__get__(self)
-        return fn(*args, **kwargs) if capture is None else capture.step(self, fn, args, kwargs)
-
-    body = {
-        "step": step,
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-    }
-    return type(base)(base.__name__, (base,), body)
-
-
 def _restore(handles: list[Any], scheduler: Any, base: Any) -> None:
     for handle in handles:
         handle.remove()
     scheduler.__dict__.pop(_KEY, None)
-    if type(scheduler) is _heard(base):
+    if type(scheduler) is listened(base, _KEY):
         scheduler.__class__ = base

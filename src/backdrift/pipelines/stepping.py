@@ -155,7 +155,7 @@ class Loop:
         # By its class and not by an attribute: pipelines that copy their scheduler copy its attributes.
         scheduler.__dict__[_KEY] = self
         cls: Any = type(scheduler)
-        scheduler.__class__ = _listened(cls)
+        scheduler.__class__ = listened(cls, _KEY)
 
     def __deepcopy__(self, memo: Any) -> Loop:
         return self
@@ -282,14 +282,17 @@ def without_graph() -> Iterator[None]:
 
 
 @cache
-def _listened(base: Any) -> Any:
-    """A subclass of a scheduler's class, by the same name, whose steps are listened to."""
+def listened(base: Any, key: str) -> Any:
+    """A subclass of a scheduler's class, by the same name, whose steps a listener takes.
+
+    It is what the scheduler holds under ``key``: ``listener.step(scheduler, step, args, kwargs)``.
+    """
 
     @wraps(base.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        loop = self.__dict__.get(_KEY)
+        listener = self.__dict__.get(key)
         fn = base.step.__get__(self)
-        return fn(*args, **kwargs) if loop is None else loop.step(self, fn, args, kwargs)
+        return fn(*args, **kwargs) if listener is None else listener.step(self, fn, args, kwargs)
 
     body = {
         "step": step,
