@@ -71,7 +71,7 @@ def versions() -> dict[str, str]:
     for package in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-    return found
+    return found | {"torch": str(torch.__version__)}  # which says the build, too (+cu130, +cpu)
 
 
 def finite(value: Any) -> Any:
