@@ -110,7 +110,7 @@ def step(repeats: int = 7, folder: Folder = FOLDER) -> None:
     """One guided step against n, early, in the middle and late."""
     setting = Setting()
     found = results(folder, "step", setting)
-    for index in (15, 25, 35):
+    for index in (15, 9, 20):
         many = repeats if index == 15 else 0  # neither time nor memory depends on the step
         found.ensure(
             {"case": STEP_CASE.key, "index": index},
@@ -125,7 +125,7 @@ def estimates(folder: Folder = FOLDER) -> None:
     found = results(folder, "estimates", setting)
     found.ensure({"saturation": "style"}, lambda: {"found": quality.saturation(STYLE, setting)})
     for case in plan.spread(STYLE.cases)[:2]:
-        for index in (5, 15, 20, 25, 30, 35, 40):
+        for index in (5, 9, 15, 20, 25):
             found.ensure(
                 {"case": case.key, "index": index},
                 lambda c=case, i=index: quality.along(STYLE, setting, c, i),
@@ -136,10 +136,13 @@ def estimates(folder: Folder = FOLDER) -> None:
 @app.command("page")
 def make_page(
     write: Annotated[bool, typer.Option("--write", help="Write page and pictures.")] = False,
+    figures: Annotated[bool, typer.Option("--figures", help="And rows for the README's table.")] = False,
     folder: Folder = FOLDER,
     pictures: Path = PICTURES,
 ) -> None:
     """The page's tables."""
+    if figures:
+        results(folder, "style", Setting()).note("figures", page.figures(folder))
     if write:
         page.write(folder, pictures)
     else:

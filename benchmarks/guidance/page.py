@@ -279,6 +279,25 @@ def written(text: str, found: dict[str, str]) -> str:
     return text
 
 
+def figures(folder: Path) -> list[list[str]]:
+    """Rows for the README's table: what was measured, and the value."""
+    found = []
+    for task, score in (("style", "loss"), ("aesthetic", "loss"), ("object", "CLIP-I")):
+        table = Table.read(folder, task)
+        every = (
+            []
+            if table is None
+            else [r for r in rows_of(table) if r[2] != ONCE or r[0].rule in (UNGUIDED, SAG)]
+        )
+        if table is None or len(every) < 3:
+            continue
+        cases = table.cases([key for _, key, _ in every], _cases(table))
+        values = [f"{called(way)} {shown(table.mean(key, cases, score))}" for way, key, _ in every]
+        what = f"guidance, {task}: {score} {'↑' if score in HIGHER else '↓'} at equal seconds"
+        found.append([f"{what}, {len(table.values(every[0][1], cases, score))} pictures", "; ".join(values)])
+    return found
+
+
 def write(folder: Path, pictures: Path) -> None:
     """Page and pictures."""
     PAGE.write_text(written(PAGE.read_text(), blocks(folder)))

@@ -15,7 +15,9 @@ from .ways import DOODL, FREEDOM, SAG, TFG, UNGUIDED, UNIVERSAL, Way
 
 N = 4  # steps of SAG's estimate
 ONCE, EQUAL, LEAST = "once", "equal seconds", "one step"
-EDICT_STEPS = 50  # as published; with 30, p = 0.93 leaves the pair's states so far apart that pictures fall apart
+EDICT_STEPS = (
+    50  # as published; with 30, p = 0.93 leaves the pair's states so far apart that pictures fall apart
+)
 RULES = {
     "style": (UNIVERSAL, FREEDOM, TFG),
     "aesthetic": (FREEDOM, DOODL),
