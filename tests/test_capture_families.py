@@ -284,6 +284,39 @@ def test_decoding_is_the_pipelines_own(name: str) -> None:
         given.last.decode(latents)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "inpainting, 9 channels",
+        "flux fill",
+        "flux kontext",
+        "pixart",
+        "sd3 controlnet",
+        "t2i adapter",
+        "img2img",
+        "pixels",
+    ],
+)
+def test_guide_takes_pipelines_whose_networks_get_more_than_the_state(name: str) -> None:
+    """What the loss is tried on before the first call is the state alone; a pull lowers the finished picture's loss."""
+    pipe, arguments = prepared(name)
+    arguments.pop("generator", None)
+    arguments.pop("output_type", None)
+    prompt, steps = arguments.pop("prompt", None), arguments.pop("num_inference_steps", N)
+
+    def dark(images: Tensor) -> Tensor:
+        return images.square().mean((1, 2, 3))
+
+    losses = []
+    for strength in (1e-6, 0.3):
+        guidance = bd.SymplecticAdjointGuidance(
+            dark, 1, steps=[1], strength=bd.guidance.Relative(strength, "epsilon")
+        )
+        found = bd.guide(pipe, prompt, guidance, num_inference_steps=steps, seed=1, **arguments)
+        losses.append(float(dark(found.images).sum()))
+    assert losses[1] < losses[0]
+
+
 def test_pixels_need_no_decoder() -> None:
     x = normal(2, 3, 8, 8)
     assert torch.equal(Decoder(tiny_pixels()).of([])(x), x / 2 + 0.5)

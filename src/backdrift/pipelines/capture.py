@@ -150,7 +150,7 @@ class Capture:
                 opening, self._opening = self._opening, None
                 coming = Recorded(name, self._denoisers[name], *self._pending[name], None)
                 with self._asleep():
-                    opening(coming.input, self._decoder.of([coming]))
+                    opening(self._decoder.state_in(coming), self._decoder.of([coming]))
 
     def after(self, name: str, output: Any) -> None:
         """It has returned."""

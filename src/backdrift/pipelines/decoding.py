@@ -50,6 +50,18 @@ class Decoder:
         """``decode(x0)`` for the latents of a step with these calls (packed ones say their size there)."""
         return partial(self._decode, calls)
 
+    def state_in(self, call: Recorded) -> Tensor:
+        """The state's own part of what a network is about to be given: without the mask, the masked picture or the
+        reference's tokens that some pipelines put beside or behind it."""
+        given, config = call.input, getattr(getattr(self._pipe, "vae", None), "config", None)
+        channels = getattr(config, "latent_channels", None) or getattr(config, "z_dim", None)
+        if not isinstance(channels, int):
+            return given
+        if given.ndim != 3:
+            return given[:, :channels]
+        ids = _places([call])  # 2 x 2 latents lie in a token
+        return given[:, : given.shape[1] if ids is None else len(ids), : 4 * channels]
+
     def _decode(self, calls: Sequence[Recorded], x0: Tensor) -> Tensor:
         if self._given is not None:
             pictures = self._given(x0)
@@ -106,11 +118,9 @@ class Decoder:
             raise self._unknown(
                 f"steps {tuple(x0.shape)}, whose way to pictures is not known (video, sound, tokens)"
             )
-        ids = next((c.kwargs["img_ids"] for c in calls if isinstance(c.kwargs.get("img_ids"), Tensor)), None)
-        if ids is None or ids.shape[-1] != 3:
+        own = _places(calls)
+        if own is None:
             raise self._unknown("packs its latents and does not tell its network their places as img_ids")
-        ids = ids.reshape(-1, 3)
-        own = ids[ids[:, 0] == 0]  # others are a reference picture's
         rows, columns = (int(own[:, d].max()) + 1 for d in (1, 2))
         if rows * columns != x0.shape[1]:
             raise self._unknown(f"has {x0.shape[1]} tokens at {rows} x {columns} places")
@@ -165,6 +175,15 @@ class Decoder:
 
 def _networks(pipe: Any) -> list[nn.Module]:
     return [value for value in vars(pipe).values() if isinstance(value, nn.Module)]
+
+
+def _places(calls: Sequence[Recorded]) -> Tensor | None:
+    """Where the state's own tokens lie, (tokens, 3), without a reference picture's; None where no network is told."""
+    ids = next((c.kwargs["img_ids"] for c in calls if isinstance(c.kwargs.get("img_ids"), Tensor)), None)
+    if ids is None or ids.shape[-1] != 3:
+        return None
+    ids = ids.reshape(-1, 3)
+    return ids[ids[:, 0] == 0]
 
 
 def _said(pipe: Any) -> set[str]:
