@@ -7,7 +7,6 @@ picture shows what it reads in the reference; so is another CLIP, where one is g
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +29,8 @@ STRENGTHS = {"sd": 0.05, "flow": 0.05}
 
 
 def built_in(model: str, **given: Any) -> Guiding:
-    """The settings for the built-in pipeline ``"sd"`` or ``"flow"``, with the guidance scale it was measured with.
-
-    Every try pulls equally far, however many steps there are, so with fewer steps each pulls more.
-
-    Args:
-        given: settings in the place of these.
-    """
-    share = PAPER.num_inference_steps / max(1, given.get("num_inference_steps", PAPER.num_inference_steps))
-    return replace(PAPER, **{"guidance_scale": 3.0, "strength": STRENGTHS[model] * share, **given})
+    """The settings for the built-in pipeline ``"sd"`` or ``"flow"`` (:meth:`Guiding.built_in`)."""
+    return PAPER.built_in(STRENGTHS[model], **given)
 
 
 def guide_object(

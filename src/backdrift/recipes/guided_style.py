@@ -6,7 +6,6 @@ Judges: the same on CLIP's second block, on the built-in classifier (another net
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,8 @@ STRENGTHS = {"sd": 0.1, "flow": 0.03}
 
 
 def built_in(model: str, **given: Any) -> Guiding:
-    """The settings for the built-in pipeline ``"sd"`` or ``"flow"``, with the guidance scale it was measured with.
-
-    Every try pulls equally far, however many steps there are, so with fewer steps each pulls more.
-
-    Args:
-        given: settings in the place of these.
-    """
-    share = PAPER.num_inference_steps / max(1, given.get("num_inference_steps", PAPER.num_inference_steps))
-    return replace(PAPER, **{"guidance_scale": 3.0, "strength": STRENGTHS[model] * share, **given})
+    """The settings for the built-in pipeline ``"sd"`` or ``"flow"`` (:meth:`Guiding.built_in`)."""
+    return PAPER.built_in(STRENGTHS[model], **given)
 
 
 def guide_style(

@@ -11,7 +11,7 @@ Every picture is scored by the loss that it was guided with, and by judges that 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,6 +108,18 @@ class Guiding:
                     f"repeats={self.repeats!r} must be whole numbers >= 1 from rising parts of the run on, such as "
                     "((0.3, 1), (0.4, 2)), or one number."
                 )
+
+    def built_in(self, strength: float, /, **given: Any) -> Guiding:
+        """The same for a built-in pipeline, with the guidance scale it was measured with.
+
+        Every try pulls equally far, however many steps there are, so with fewer steps each pulls more.
+
+        Args:
+            strength: in as many steps as these settings have.
+            given: settings in the place of these.
+        """
+        share = self.num_inference_steps / max(1, given.get("num_inference_steps", self.num_inference_steps))
+        return replace(self, **{"guidance_scale": 3.0, "strength": strength * share, **given})
 
     @property
     def guided(self) -> list[int]:
