@@ -292,7 +292,11 @@ def figures(folder: Path) -> list[list[str]]:
         if table is None or len(every) < 3:
             continue
         cases = table.cases([key for _, key, _ in every], _cases(table))
-        values = [f"{called(way)} {shown(table.mean(key, cases, score))}" for way, key, _ in every]
+        values = [
+            f"{called(way)}{' (one step, in more seconds)' if way.rule == DOODL else ''} "
+            f"{shown(table.mean(key, cases, score))}"
+            for way, key, _ in every
+        ]
         what = f"guidance, {task}: {score} {'↑' if score in HIGHER else '↓'} at equal seconds"
         found.append([f"{what}, {len(table.values(every[0][1], cases, score))} pictures", "; ".join(values)])
     return found
