@@ -33,6 +33,14 @@ SCHEDULES: dict[str, Schedule] = {
     "edm": EDM(),
     "flow": Flow(),
 }
+# Each schedule with another prediction, so that all four are met.
+PREDICTIONS = {
+    "linear": "epsilon",
+    "cosine": "v_prediction",
+    "discrete": "epsilon",
+    "edm": "sample",
+    "flow": "flow_prediction",
+}
 
 
 def smooth_grid(name: str, steps: int) -> TimeGrid:

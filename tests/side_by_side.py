@@ -21,17 +21,10 @@ from backdrift.grids import TimeGrid
 from backdrift.sampling import sample
 from backdrift.schedules import Schedule
 from backdrift.solvers import Solver
-from problems import SCHEDULES, GaussianNetwork, MixtureNetwork, condition, start_state
+from problems import PREDICTIONS, SCHEDULES, GaussianNetwork, MixtureNetwork, condition, start_state
 
 # All schedules are run over the same range of rho, away from their singular ends and where errors are smooth.
 RHO = (4.0, 0.2)
-PREDICTIONS = {
-    "linear": "epsilon",
-    "cosine": "v_prediction",
-    "discrete": "epsilon",
-    "edm": "sample",
-    "flow": "flow_prediction",
-}
 PROBLEMS = ("Gaussian", "mixture")
 QUANTITIES = ("state", "x_T", "cond", "weights")
 

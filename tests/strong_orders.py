@@ -14,7 +14,7 @@ from torch import Tensor
 
 import backdrift as bd
 from backdrift.solvers import StochasticSolver
-from problems import SCHEDULES, GaussianNetwork, ScalarPaths, smooth_grid
+from problems import PREDICTIONS, SCHEDULES, GaussianNetwork, ScalarPaths, smooth_grid
 
 SOLVERS: dict[str, StochasticSolver] = {
     "ancestral": bd.Ancestral(),
@@ -27,13 +27,6 @@ SOLVERS: dict[str, StochasticSolver] = {
     "sde-dpm++ 1": bd.SDEDPMSolverPP(1),
     "sde-dpm++ 2m": bd.SDEDPMSolverPP(2),
     "sde-dpm++ 2m half": bd.SDEDPMSolverPP(2, eta=0.5),
-}
-PREDICTIONS = {
-    "linear": "epsilon",
-    "cosine": "v_prediction",
-    "discrete": "epsilon",
-    "edm": "sample",
-    "flow": "flow_prediction",
 }
 DOUBLINGS = [4, 8, 16, 32, 64, 128, 256]
 

@@ -35,6 +35,7 @@ from backdrift.solvers import (
 )
 from backdrift.solvers.adaptive import Witness, accepted_steps
 from problems import (
+    PREDICTIONS,
     SCHEDULES,
     GaussianNetwork,
     MixtureNetwork,
@@ -43,14 +44,6 @@ from problems import (
     smooth_grid,
     start_state,
 )
-
-PREDICTIONS = {
-    "linear": "epsilon",
-    "cosine": "v_prediction",
-    "discrete": "epsilon",
-    "edm": "sample",
-    "flow": "flow_prediction",
-}
 
 
 def loss(x0: Tensor) -> Tensor:

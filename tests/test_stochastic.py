@@ -27,7 +27,7 @@ from problems import (
     toy_denoiser,
     toy_inputs,
 )
-from strong_orders import PREDICTIONS, SOLVERS, known_paths, moment_errors, regression, strong_errors
+from strong_orders import SOLVERS, known_paths, moment_errors, regression, strong_errors
 
 
 @pytest.mark.parametrize(

@@ -35,15 +35,16 @@ from backdrift.solvers import (
     McCallumFoster,
     Solver,
 )
-from problems import SCHEDULES, GaussianNetwork, MixtureNetwork, condition, smooth_grid, start_state
+from problems import (
+    PREDICTIONS,
+    SCHEDULES,
+    GaussianNetwork,
+    MixtureNetwork,
+    condition,
+    smooth_grid,
+    start_state,
+)
 
-PREDICTIONS = {
-    "linear": "epsilon",
-    "cosine": "v_prediction",
-    "discrete": "epsilon",
-    "edm": "sample",
-    "flow": "flow_prediction",
-}
 SPANS = {
     "linear": (0.9, 0.05),
     "cosine": (0.9, 0.05),
