@@ -16,6 +16,7 @@ from backdrift.errors import InputError
 from backdrift.schedules import VP, Flow
 from backdrift.solvers import StochasticSolver
 from problems import (
+    PREDICTIONS,
     SCHEDULES,
     GaussianNetwork,
     MixtureNetwork,
