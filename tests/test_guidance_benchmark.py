@@ -21,7 +21,7 @@ from benchmarks.guidance import estimates, guided_step, page, plan, plots, probe
 from benchmarks.guidance.bench import Bench, decoded
 from benchmarks.guidance.costs import Counts, Units, attempts_for, expected
 from benchmarks.guidance.doodl import CLIPPED, MOMENTUM, PERTURBATION, Doodl, P
-from benchmarks.guidance.results import Results
+from benchmarks.guidance.results import Results, results_file
 from benchmarks.guidance.setting import Case, Setting, clamped
 from benchmarks.guidance.tasks import TASKS, Task
 from benchmarks.guidance.ways import DOODL, FREEDOM, SAG, TFG, UNGUIDED, UNIVERSAL, Scales, Way
@@ -114,11 +114,26 @@ def test_attempts_are_spread_evenly_and_early() -> None:
     assert Way(UNIVERSAL, attempts=9).repeats(8) == [2, 1, 1, 1, 1, 1, 1, 1]
 
 
+def test_fewer_attempts_than_steps_guide_some_of_the_range() -> None:
+    assert Way(SAG, attempts=2, start=0.25, stop=0.75).guided(8) == [2, 4]
+    assert Way(SAG, attempts=3, start=0.25, stop=0.75).guided(8) == [2, 3, 4]
+    assert Way(SAG, attempts=5, start=0.25, stop=0.75).guided(8) == [2, 3, 4, 5]
+    few = Way(SAG, n=10, start=0.25, stop=0.75)
+    attempts = attempts_for(TIMES.seconds(expected(replace(few, n=4), 8)), few, 8, TIMES)
+    assert attempts < 4
+    seconds = [
+        TIMES.seconds(expected(replace(few, attempts=k), 8)) for k in (attempts - 1, attempts, attempts + 1)
+    ]
+    wanted = TIMES.seconds(expected(replace(few, n=4), 8))
+    assert abs(seconds[1] - wanted) == min(abs(s - wanted) for s in seconds)
+
+
 @pytest.mark.parametrize(
     "way",
     [
         Way(UNGUIDED),
         Way(SAG, w=0.2, n=3, attempts=5, start=0.25, stop=0.75),
+        Way(SAG, w=0.2, n=3, attempts=2, start=0.25, stop=0.75),
         Way(FREEDOM, w=0.2, start=0.25, stop=0.75),
         Way(UNIVERSAL, w=0.2, attempts=13),
         Way(TFG, w=0.2, start=0.25, stop=0.5),
@@ -143,7 +158,7 @@ def test_equal_seconds_are_equal_within_half_an_attempt() -> None:
                 abs(TIMES.seconds(expected(replace(way, attempts=attempts), 20)) - seconds) <= each / 2 + 1e-9
             )
         # Nothing is left out to be cheaper.
-        assert attempts_for(0.0, way, 20, TIMES) == (1 if way.rule == DOODL else len(way.when.guided(20)))
+        assert attempts_for(0.0, way, 20, TIMES) == (1 if way.rule == DOODL else len(way.guided(20)))
 
 
 def test_seconds_count_every_part_once() -> None:
@@ -244,6 +259,36 @@ def test_a_stopped_run_goes_on_with_the_same_figures(
     assert guided < table.mean(keys[0], cases, "loss").value  # pulled towards the lower loss
     assert plots.strengths(table, tmp_path / "s.png")
     assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_is_run_as_published_is_not_searched_and_measured_on_few_cases(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(plan.RULES, "tiny", (DOODL,))
+    for name, value in (("FEW", {plan.PUBLISHED: 1}), ("DOODL_STEPS", 2), ("EDICT_STEPS", 4)):
+        monkeypatch.setattr(plan, name, value)
+    monkeypatch.setattr(search, "GRID", (0.3,))
+    monkeypatch.setattr(search, "RATES", (30.0,))
+    monkeypatch.setattr(search, "HALVINGS", 0)
+    bench, times = small(tmp_path, setting)
+    plan.compare(bench, times, cases=2)
+    published, trial = Way(DOODL, w=plan.DOODL_RATE, attempts=2, n=4), [c.key for c in bench.task.trial]
+    measured = [
+        cell["key"]["case"] for cell in bench.results.data["cells"] if cell["key"].get("way") == published.key
+    ]
+    assert measured == [plan.spread(TINY.cases)[0].key]
+    assert {"way": published.key, "group": plan.PUBLISHED} in bench.results.data["rows"]
+    searched = [
+        cell["key"]["way"].get("w")
+        for cell in bench.results.data["cells"]
+        if cell["key"].get("case") in trial
+    ]
+    assert plan.DOODL_RATE not in searched
+
+
+def test_runs_of_another_number_of_steps_have_a_file_of_their_own(tmp_path: Path) -> None:
+    assert results_file(tmp_path, "style").name == "guidance-style.json"
+    assert results_file(tmp_path, "style", 100).name == "guidance-style-100.json"
 
 
 def test_a_mean_has_the_standard_error() -> None:

@@ -26,8 +26,8 @@ from . import guided_step, page, plan
 from . import units as timing
 from .bench import Bench
 from .costs import Units
-from .results import Results
-from .setting import Case, Setting
+from .results import Results, results_file
+from .setting import STEPS, Case, Setting
 from .tasks import STYLE, TASKS, Task
 
 FOLDER = Path(__file__).parents[1] / "results"
@@ -42,16 +42,17 @@ Folder = Annotated[Path, typer.Option(help="Where the results are.")]
 def results(folder: Path, name: str, setting: Setting) -> Results:
     """A results file of this machine and setting."""
     about = machine(torch.device("cpu"))
-    return Results(folder / f"guidance-{name}.json", {key: about[key] for key in MACHINE}, setting.facts)
+    path = results_file(folder, name, setting.steps)
+    return Results(path, {key: about[key] for key in MACHINE}, setting.facts)
 
 
-def known_units(folder: Path, setting: Setting, task: Task) -> Units:
-    """Of a task.
+def known_units(folder: Path, task: Task) -> Units:
+    """Of a task; the times of a batch do not depend on the number of steps.
 
     Raises:
         SystemExit: they have not been measured.
     """
-    found = results(folder, "units", setting)
+    found = results(folder, "units", Setting())
     cell = found.find({"purpose": "plan", "task": task.name})
     if cell is None:
         raise SystemExit(f"no unit times yet: run python -m benchmarks.guidance units plan {task.name}")
@@ -83,13 +84,17 @@ def run(
     group: Annotated[list[str] | None, typer.Option(help="Only these groups of rows.")] = None,
     cases: Annotated[int | None, typer.Option(help="Only the first so many cases.")] = None,
     rule: Annotated[list[str] | None, typer.Option(help="Only these methods, beside SAG.")] = None,
+    steps: Annotated[
+        int, typer.Option(help="Of a run; results of another number have a file of their own.")
+    ] = STEPS,
     folder: Folder = FOLDER,
     pictures: Path = PICTURES,
 ) -> None:
     """One table."""
-    setting, task = Setting(), TASKS[name]
-    bench = Bench(task, setting, results(folder, name, setting), pictures)
-    plan.compare(bench, known_units(folder, setting, task), group or (), cases, rule or ())
+    setting, task = Setting(steps), TASKS[name]
+    kept = pictures if steps == STEPS else pictures / f"{steps} steps"
+    bench = Bench(task, setting, results(folder, name, setting), kept)
+    plan.compare(bench, known_units(folder, task), group or (), cases, rule or ())
 
 
 @app.command()
@@ -102,7 +107,7 @@ def ablate(
     """Ablations for style; they read the strengths that ``run style`` has settled, and write a file of their own."""
     setting = Setting()
     bench = Bench(STYLE, setting, results(folder, "style", setting), pictures)
-    plan.ablate(bench, known_units(folder, setting, STYLE), cases, kind or ())
+    plan.ablate(bench, known_units(folder, STYLE), cases, kind or ())
 
 
 @app.command()

@@ -6,7 +6,7 @@ decodings are counted exactly; their unit times are medians measured side by sid
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from .ways import DOODL, ITERATIONS, SAG, TFG, UNGUIDED, Way
@@ -66,14 +66,21 @@ def expected(way: Way, total: int) -> Counts:
         return Counts(total)
     if way.rule == DOODL:
         return attempt(way) * way.attempts + Counts(2 * way.n)
-    repeats, guided = way.repeats(total), way.when.guided(total)
+    repeats, guided = way.repeats(total), way.guided(total)
     return attempt(way) * sum(repeats[i] for i in guided) + Counts(total - len(guided))
 
 
 def attempts_for(seconds: float, way: Way, total: int, units: Units) -> int:
-    """How many attempts come nearest to a run of so many seconds; at least one at each guided step (DOODL: one)."""
-    each = units.seconds(attempt(way))
-    if way.rule == DOODL:
-        return max(1, round((seconds - units.forward * 2 * way.n) / each))
-    guided = len(way.when.guided(total))
-    return max(guided, round((seconds - units.forward * (total - guided)) / each))
+    """How many attempts come nearest to a run of so many seconds.
+
+    At least one; of the other methods than ours, at least one at each step of the range, as published.
+    """
+    least = 1 if way.rule in (DOODL, SAG) else len(replace(way, attempts=0).guided(total))
+
+    def beside(attempts: int) -> float:
+        return units.seconds(expected(replace(way, attempts=attempts), total)) - seconds
+
+    attempts = least
+    while beside(attempts + 1) <= 0:
+        attempts += 1
+    return attempts if abs(beside(attempts)) <= abs(beside(attempts + 1)) else attempts + 1

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from . import plots
-from .plan import ONCE
+from .plan import LEAST, ONCE, PUBLISHED
 from .tables import HIGHER, Data, Table, called, number, shown
 from .ways import DOODL, SAG, UNGUIDED, Way
 
@@ -20,7 +20,9 @@ SHOWN = {
     "object": ("loss", "CLIP-I", "CLIP score", "digit as in the reference"),
 }
 NAMES = {"loss": "loss", "CLIP score": "CLIP score"}
-ABLATIONS = ("n", "subgrid", "range", "repeats")
+PAPER_STEPS = 100
+LONG = ("style",)  # tasks that were run at the paper's number of steps, too
+ABLATIONS = ("n", "n, equal seconds", "subgrid", "range", "repeats")
 
 
 def blocks(folder: Path) -> dict[str, str]:
@@ -30,6 +32,11 @@ def blocks(folder: Path) -> dict[str, str]:
         table = Table.read(folder, task)
         found[task] = "Not measured yet." if table is None else compared(table, task)
         found[f"{task} strengths"] = "Not measured yet." if table is None else searched(table)
+    for task in LONG:
+        table = Table.read(folder, task, PAPER_STEPS)
+        name = f"{task}, {PAPER_STEPS} steps"
+        found[name] = "Not measured yet." if table is None else compared(table, task)
+        found[f"{name}, strengths"] = "Not measured yet." if table is None else searched(table)
     style = Table.read(folder, "style")
     for kind in ABLATIONS:
         found[f"ablation {kind}"] = "Not measured yet." if style is None else ablation(style, kind)
@@ -132,7 +139,7 @@ def searched(table: Table) -> str:
 
 
 def _attempts(way: Way, table: Table) -> int:
-    return way.attempts or len(way.when.guided(_steps(table)))
+    return way.attempts or len(way.guided(_steps(table)))
 
 
 def ablation(table: Table, kind: str) -> str:
@@ -153,9 +160,10 @@ def ablation(table: Table, kind: str) -> str:
         way = Way(**key)
         label = {
             "n": f"{way.n}",
+            "n, equal seconds": f"{way.n} ({_attempts(way, table)} attempts, w = {way.w:g})",
             "subgrid": way.subgrid,
             "range": f"{way.start:g} to {way.stop:g}" + ("" if key in ways else ", FreeDoM, equal seconds"),
-            "repeats": str(_attempts(way, table) // len(way.when.guided(_steps(table)))),
+            "repeats": str(_attempts(way, table) // len(way.guided(_steps(table)))),
         }[kind]
         lines.append(
             [
@@ -287,15 +295,15 @@ def figures(folder: Path) -> list[list[str]]:
         every = (
             []
             if table is None
-            else [r for r in rows_of(table) if r[2] != ONCE or r[0].rule in (UNGUIDED, SAG)]
+            else [r for r in rows_of(table) if r[2] not in (ONCE, PUBLISHED) or r[0].rule in (UNGUIDED, SAG)]
         )
         if table is None or len(every) < 3:
             continue
         cases = table.cases([key for _, key, _ in every], _cases(table))
         values = [
-            f"{called(way)}{' (one step, in more seconds)' if way.rule == DOODL else ''} "
+            f"{called(way)}{' (one step, in more seconds)' if group == LEAST else ''} "
             f"{shown(table.mean(key, cases, score))}"
-            for way, key, _ in every
+            for way, key, group in every
         ]
         what = f"guidance, {task}: {score} {'↑' if score in HIGHER else '↓'} at equal seconds"
         found.append([f"{what}, {len(table.values(every[0][1], cases, score))} pictures", "; ".join(values)])

@@ -8,8 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .setting import STEPS
+
 Cell = dict[str, Any]
 Key = dict[str, Any]
+
+
+def results_file(folder: Path, name: str, steps: int = STEPS) -> Path:
+    """Where results are kept: runs of an unusual number of steps have a file of their own."""
+    return folder / (f"guidance-{name}.json" if steps == STEPS else f"guidance-{name}-{steps}.json")
 
 
 class Results:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 import backdrift as bd
 
+STEPS = 30
+
 
 @dataclass(frozen=True)
 class Case:
@@ -44,7 +46,7 @@ class Setting:
         model: for :func:`backdrift.load`.
     """
 
-    steps: int = 30
+    steps: int = STEPS
     guidance_scale: float = 3.0
     batch: int = 5
     model: str = "sd"

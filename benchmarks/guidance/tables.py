@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .costs import Counts, Units
+from .results import results_file
+from .setting import STEPS
 from .units import units
 from .ways import DOODL, SAG, TFG, UNGUIDED, UNIVERSAL, Way
 
@@ -57,9 +59,9 @@ class Table:
                 found[_text(cell["key"]["case"])] = cell
 
     @classmethod
-    def read(cls, folder: Path, task: str) -> Table | None:
+    def read(cls, folder: Path, task: str, steps: int = STEPS) -> Table | None:
         """From the results; None if there are none yet."""
-        path = folder / f"guidance-{task}.json"
+        path = results_file(folder, task, steps)
         times = read_units(folder, task)
         return cls(json.loads(path.read_text()), times) if path.exists() and times else None
 

@@ -42,7 +42,8 @@ class Way:
     Attributes:
         rule: see above.
         w: strength; of DOODL its rate.
-        attempts: at all guided steps together; 0 for one at each. Of DOODL: optimisation steps.
+        attempts: at all guided steps together; 0 for one at each; with fewer than there are steps in the range, so many
+            of them are guided, spread evenly. Of DOODL: optimisation steps.
         n: steps of the estimate.
         start, stop: the guided part of the run.
         subgrid: of the estimate.
@@ -62,14 +63,16 @@ class Way:
         usual = {f.name: f.default for f in fields(self)}
         return {k: v for k, v in asdict(self).items() if k == "rule" or v != usual[k]}
 
-    @property
-    def when(self) -> When:
-        """The guided steps."""
-        return When(0.0, 1.0) if self.rule in EVERYWHERE else When(self.start, self.stop)
+    def guided(self, total: int) -> list[int]:
+        """The guided steps of a run."""
+        when = When(0.0, 1.0) if self.rule in EVERYWHERE else When(self.start, self.stop)
+        found = when.guided(total)
+        few = self.attempts or len(found)
+        return found if few >= len(found) else [found[k * len(found) // few] for k in range(few)]
 
     def repeats(self, total: int) -> list[int]:
         """How often each step of a run is taken: as evenly as can be, the first ones once more."""
-        guided = self.when.guided(total)
+        guided = self.guided(total)
         base, extra = divmod(self.attempts or len(guided), len(guided))
         taken = [1] * total
         for place, index in enumerate(guided):
@@ -86,8 +89,7 @@ class Way:
         if self.rule == UNGUIDED:
             return Guidance(plain, loss, start=0.0, stop=1.0)
         shared: dict[str, Any] = {
-            "start": self.when.start,
-            "stop": self.when.stop,
+            "steps": self.guided(total),
             "repeats": many,
             "seed": seed,
         }
