@@ -1,6 +1,26 @@
 """What holds for all tests."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 # Nothing is asked of a model hub. Read once, when huggingface_hub is imported, so it is set before anything else.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny Stable Diffusion, saved to a folder: what ``--model`` takes."""
+    from tiny_pipelines import tiny_sd
+
+    folder = tmp_path_factory.mktemp("model")
+    tiny_sd().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test works in a folder of its own; tables have room."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")

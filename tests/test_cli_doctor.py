@@ -17,13 +17,6 @@ from backdrift.cli.errors import BAD_INPUT, FAILED
 from tiny_pipelines import tiny_sd
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_sd().save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(autouse=True)
 def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")

@@ -1,9 +1,7 @@
-"""Exact gradients: plain autograd's bits, in bounded memory, and never a gradient lost in silence."""
+"""The exact gradient: plain autograd's bits, and a run that behaves as one in PyTorch."""
 
 from __future__ import annotations
 
-import gc
-import weakref
 from typing import Any
 
 import pytest
@@ -11,40 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from backdrift.denoiser import Denoiser
-from backdrift.errors import BudgetError, MissingGradientError, StateChangedError, UnsupportedError
+from backdrift.errors import UnsupportedError
 from backdrift.gradients import Exact, GradientMethod, Plain
 from backdrift.grids import TimeGrid
 from backdrift.sampling import Solution, sample
 from backdrift.schedules import VP, Flow
-from backdrift.solvers import RK4, AdamsBashforth, DPMSolverPP, Euler, Heun, Solver
-from live_bytes import LiveBytes
+from backdrift.solvers import RK4, AdamsBashforth, DPMSolverPP, Euler, Solver
 from problems import ToyNetwork, toy_denoiser, toy_inputs
 from tiny_pipelines import tiny_unet
+from toy_runs import GRID, equal, toy_run
 
-GRID = TimeGrid("uniform", steps=5, start=1.0, end=0.05)
 SOLVERS = {"euler": Euler(), "rk4": RK4(), "ab4": AdamsBashforth(4), "dpmpp": DPMSolverPP()}
-
-
-def equal(left: list[Tensor | None], right: list[Tensor | None]) -> list[int]:
-    """Where two lists of gradients differ, in any bit."""
-    pairs = enumerate(zip(left, right, strict=True))
-    return [i for i, (a, b) in pairs if not (a is b if a is None or b is None else torch.equal(a, b))]
-
-
-def toy_run(
-    gradient: GradientMethod, network: Any = None, solver: Solver | None = None, **kwargs: Any
-) -> tuple[Solution, list[Tensor | None]]:
-    """A run of the toy network, differentiated by everything: x_T, both cond tensors, all weights."""
-    network = network if network is not None else ToyNetwork()
-    x, cond = toy_inputs()
-    x.requires_grad_()
-    cond["prompt"].requires_grad_()
-    cond["more"][0].requires_grad_()
-    model = toy_denoiser(network, **kwargs)
-    solution = sample(model, x, cond, solver=solver or Heun(), grid=GRID, gradient=gradient)
-    (solution.x0**2).sum().backward()
-    weights = [p.grad for p in network.parameters()] if isinstance(network, nn.Module) else []
-    return solution, [x.grad, cond["prompt"].grad, cond["more"][0].grad, *weights]
 
 
 class UNetNetwork(nn.Module):
@@ -194,119 +169,6 @@ def test_gradients_match_finite_differences() -> None:
         assert float(grad[1, 2]) == pytest.approx(numeric[key], rel=1e-6)
 
 
-def test_budgets_keep_as_many_last_calls_as_fit() -> None:
-    needed = toy_run(Exact("max"))[0].stats.peak_bytes
-    kept = []
-    for budget in range(13_000, needed + 20_000, 6_000):
-        solution, _ = toy_run(Exact(budget))
-        assert solution.stats.peak_bytes <= budget
-        assert solution.stats.calls_redone == 10 - solution.stats.calls_kept
-        kept.append(solution.stats.calls_kept)
-    assert kept == sorted(kept)
-    assert kept[0] < 6
-    assert kept[-1] == 10
-
-
-def test_a_budget_too_small_names_one_that_works() -> None:
-    with pytest.raises(BudgetError, match="smallest budget that works") as caught:
-        toy_run(Exact(5_000))
-    smallest = int(str(caught.value).split("works is")[1].split("(")[1].split(" bytes")[0])
-    assert toy_run(Exact(smallest))[0].stats.calls_kept == 1
-    with pytest.raises(BudgetError):
-        toy_run(Exact(smallest - 1))
-    with pytest.raises(BudgetError, match="not a memory plan"):
-        Exact("plenty")
-
-
-class Wide(nn.Module):
-    """Weights that outweigh the activations (``weights=True``), or the other way round."""
-
-    def __init__(self, weights: bool) -> None:
-        super().__init__()
-        width = 256 if weights else 64
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(6))
-
-    def forward(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
-        for layer in self.layers:
-            x = torch.tanh(layer(x))
-        return x
-
-
-def peak_of_run(network: nn.Module, x: Tensor, steps: int, gradient: GradientMethod) -> int:
-    network.zero_grad(set_to_none=True)
-    x = x.clone().requires_grad_()
-    gc.collect()
-    with LiveBytes() as live:
-        solution = sample(
-            toy_denoiser(network), x, grid=TimeGrid("uniform", steps), gradient=gradient, check_finite=False
-        )
-        solution.x0.sum().backward()
-    return live.peak
-
-
-def peak_of_step(network: nn.Module, x: Tensor) -> int:
-    """One step's backpropagation into gradients that are allocated."""
-    with LiveBytes() as live:
-        for p in network.parameters():
-            p.grad = torch.zeros_like(p)
-        x = x.clone().requires_grad_()
-        network(x * 1.0, torch.ones(len(x)), None).sum().backward()
-    network.zero_grad(set_to_none=True)
-    return live.peak
-
-
-@pytest.mark.parametrize("weights", [True, False])
-def test_memory_is_one_steps_plus_the_latents_however_many_steps(weights: bool) -> None:
-    network = Wide(weights)
-    x = torch.randn(2, 256) if weights else torch.randn(512, 64)
-    step = peak_of_step(network, x)
-    peaks = {n: peak_of_run(network, x, n, Exact("min")) for n in (4, 64)}
-    for n, peak in peaks.items():
-        assert peak <= 1.05 * step + (n + 4) * x.nbytes, (n, peak, step)
-    # Each further step adds its latent and a few scalars, nothing that scales with the network.
-    assert peaks[64] - peaks[4] <= 60 * (x.nbytes + 64)
-    plain = {n: peak_of_run(network, x, n, Plain()) for n in (4, 16)}
-    assert plain[16] - plain[4] > 12 * 5 * x.nbytes  # the yardstick does see activations
-
-
-def test_frozen_weights_cost_no_weight_gradients() -> None:
-    network = Wide(weights=True).requires_grad_(False)
-    x = torch.randn(2, 256)
-    weight_bytes = sum(p.nbytes for p in network.parameters())
-    assert peak_of_run(network, x, 6, Exact("min")) < weight_bytes / 8
-    # The same holds for trainable weights whose gradients nobody asks for.
-    network.requires_grad_(True)
-    start = x.clone().requires_grad_()
-    solution = sample(toy_denoiser(network), start, grid=GRID, gradient=Exact("min"))
-    with LiveBytes() as live:
-        (grad,) = torch.autograd.grad(solution.x0.sum(), start)
-    assert live.peak < weight_bytes / 8
-    assert all(p.grad is None for p in network.parameters())
-    network.requires_grad_(False)
-    assert torch.equal(
-        grad, torch.autograd.grad(sample(toy_denoiser(network), start, grid=GRID).x0.sum(), start)[0]
-    )
-
-
-def test_nothing_is_left_when_the_solution_is_gone() -> None:
-    network = ToyNetwork()
-    x, cond = toy_inputs()
-    x.requires_grad_()
-    gc.collect()
-    gc.disable()
-    try:
-        with LiveBytes() as live:
-            solution = sample(toy_denoiser(network), x, cond, grid=GRID, gradient=Exact("max"))
-        assert live.left > 5_000
-        watch = weakref.ref(solution.x0)
-        with LiveBytes() as after:
-            del solution
-        assert watch() is None
-        assert after.left == pytest.approx(-live.left, abs=2_000)
-    finally:
-        gc.enable()
-
-
 def test_backward_behaves_as_in_pytorch() -> None:
     def grads(gradient: GradientMethod) -> dict[str, Any]:
         network = ToyNetwork()
@@ -370,116 +232,6 @@ def test_second_derivatives_are_refused_and_plain_has_them() -> None:
     loss = (sample(toy_denoiser(), x, cond, grid=GRID, gradient=Plain()).x0 ** 2).sum()
     (grad,) = torch.autograd.grad(loss, x, create_graph=True)
     assert torch.autograd.grad(grad.sum(), x)[0].abs().max() > 0
-
-
-CHANGES = {
-    "edited weight": (lambda n, c: _edit(n.shared.weight), "shared.weight"),
-    "frozen weight": (lambda n, c: n.enter.bias.requires_grad_(False), "enter.bias"),
-    "mode": (lambda n, c: n.dropout.train(not n.dropout.training), "dropout"),
-    "cond": (lambda n, c: _edit(c["prompt"]), "cond tensor"),
-    "optimizer step": (lambda n, c: _step(n), "enter.weight|scale"),
-}
-
-
-def _edit(tensor: Tensor) -> None:
-    with torch.no_grad():
-        tensor.add_(0.1)
-
-
-def _step(network: nn.Module) -> None:
-    for p in network.parameters():
-        p.grad = torch.ones_like(p)
-    torch.optim.SGD(network.parameters(), lr=0.1).step()
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_changes_between_forward_and_backward_raise_by_name(name: str) -> None:
-    change, message = CHANGES[name]
-    network = ToyNetwork().eval()
-    x, cond = toy_inputs()
-    x.requires_grad_()
-    loss = sample(toy_denoiser(network), x, cond, grid=GRID, gradient=Exact("min")).x0.sum()
-    change(network, cond)
-    with pytest.raises(StateChangedError, match=message):
-        loss.backward()
-
-
-def test_a_callable_over_a_module_trains_it_and_watches_it() -> None:
-    network = ToyNetwork()
-
-    def closure(x: Tensor, t: Tensor, c: Any) -> Tensor:
-        return network(x, t, c)
-
-    _, plain = toy_run(Plain(), ToyNetwork())
-    _, exact = toy_run(Exact("min"), closure)
-    assert equal(plain, [*exact, *(p.grad for p in network.parameters())]) == []
-    network.requires_grad_(False)
-    x, cond = toy_inputs()
-    x.requires_grad_()
-    loss = sample(toy_denoiser(closure), x, cond, grid=GRID, gradient=Exact("min")).x0.sum()
-    _edit(network.leave.weight)
-    with pytest.raises(StateChangedError, match=r"network\.leave\.weight"):
-        loss.backward()
-
-
-def test_a_leaf_that_the_network_closes_over_gets_its_gradient() -> None:
-    def run(gradient: GradientMethod) -> list[Tensor | None]:
-        bias = torch.full((4,), 0.3, dtype=torch.float64, requires_grad=True)
-        inner = ToyNetwork()
-        toy_run(gradient, lambda x, t, c: inner(x, t, c) + bias)
-        return [bias.grad, inner.scale.grad]
-
-    plain = run(Plain())
-    assert plain[0] is not None
-    assert equal(plain, run(Exact("min"))) == []
-
-
-def test_a_computed_tensor_that_the_network_closes_over_raises_by_name() -> None:
-    base = torch.full((4,), 0.3, dtype=torch.float64, requires_grad=True)
-    style = base * 2
-    with pytest.raises(MissingGradientError, match="'style'"):
-        toy_run(Exact("min"), lambda x, t, c: -x + style)
-
-    class Holder(ToyNetwork):
-        def forward(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
-            return super().forward(x, t, cond) + self.embedding
-
-    network = Holder()
-    network.embedding = base * 3
-    with pytest.raises(MissingGradientError, match="'embedding'"):
-        toy_run(Exact("min"), network)
-
-
-def test_a_tensor_that_only_later_calls_use_raises_by_name() -> None:
-    late = torch.full((4,), 0.3, dtype=torch.float64, requires_grad=True)
-
-    def network(x: Tensor, t: Tensor, c: Any) -> Tensor:
-        return -x * c["prompt"].mean() + (late if 0.1 < float(t[0]) < 0.9 else 0.0)
-
-    with pytest.raises(MissingGradientError, match="'late'"):
-        toy_run(Exact("min"), network)
-
-
-def test_a_network_that_cuts_its_graph_raises() -> None:
-    inner = ToyNetwork()
-
-    @torch.no_grad()
-    def network(x: Tensor, t: Tensor, c: Any) -> Tensor:
-        return inner(x, t, c)
-
-    with pytest.raises(MissingGradientError, match="no_grad"):
-        toy_run(Exact("min"), network)
-
-
-def test_without_gradients_nothing_is_kept() -> None:
-    network = ToyNetwork().requires_grad_(False)
-    x, cond = toy_inputs()
-    solution = sample(toy_denoiser(network), x, cond, grid=GRID, gradient=Exact("max"))
-    assert not solution.x0.requires_grad
-    with torch.no_grad():
-        same = sample(toy_denoiser(ToyNetwork()), x.requires_grad_(), cond, grid=GRID, gradient=Exact("max"))
-    assert not same.x0.requires_grad
-    assert torch.equal(same.x0, solution.x0)
 
 
 def test_gradients_reach_weights_when_nothing_else_requires_them() -> None:

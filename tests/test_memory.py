@@ -1,4 +1,4 @@
-"""The memory plan on plain networks: same bits, fewest redone calls, the budget kept, changes noticed."""
+"""The memory plan on plain networks: same bits, fewest redone calls, the budget kept."""
 
 from __future__ import annotations
 
@@ -11,100 +11,13 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from backdrift.budget import available_bytes, format_size, parse_size
-from backdrift.errors import BackdriftError, BudgetError, StateChangedError
-from backdrift.memory import Ledger, MemoryPlan
+from backdrift.budget import available_bytes
+from backdrift.errors import BudgetError
+from backdrift.memory import Ledger
 from backdrift.verification.memory import LiveStorages
-
-CALLS = 6
-
-
-class Net(nn.Module):
-    """Saves inputs, outputs (tanh, sigmoid), an activation shared by two nodes, and uses random numbers."""
-
-    def __init__(self, width: int = 32, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.norm, self.drop = nn.LayerNorm(width), nn.Dropout(dropout)
-
-    def forward(self, x: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-        hidden = nn.functional.gelu(self.up(x + cond))
-        return self.norm(self.drop(self.down(hidden).tanh())).sigmoid()
-
-
-def problem(seed: int = 0, **net: Any) -> tuple[Net, torch.Tensor, torch.Tensor]:
-    torch.manual_seed(seed)
-    return Net(**net), torch.randn(64, 32, requires_grad=True), torch.randn(32, requires_grad=True)
-
-
-def sample(net: nn.Module, x: torch.Tensor, cond: torch.Tensor, ledger: Ledger | None) -> torch.Tensor:
-    for _ in range(CALLS):
-        if ledger is None:
-            y = net(x, cond)
-        else:
-            y = ledger.call(net, x, cond, modules=[("net", net)])
-        x = x - 0.1 * y
-    if ledger is not None:
-        ledger.finish()
-    return x
-
-
-def gradients(memory: Any, **net: Any) -> tuple[list[torch.Tensor], Ledger | None]:
-    model, x, cond = problem(**net)
-    ledger = None if memory is None else Ledger(memory)
-    loss = sample(model, x, cond, ledger).square().sum()
-    return list(torch.autograd.grad(loss, [x, cond, *model.parameters()])), ledger
-
-
-def smallest(memory: int = 1) -> int:
-    """The budget that the refusal of a tiny one names for the whole run."""
-    net, x, cond = problem()
-    with pytest.raises(BudgetError, match="smallest budget that works is") as error:
-        sample(net, x, cond, Ledger(memory, defer=True))
-    return int(str(error.value).split("smallest budget that works is")[1].split("(")[1].split(" ")[0])
-
-
-def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
+from ledger_runs import CALLS, equal, gradients, problem, sample, smallest
 
 # ---------------------------------------------------------------------------- sizes and plans
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("6GiB", 6 * 2**30),
-        ("512 MiB", 512 * 2**20),
-        ("1.5GB", 1_500_000_000),
-        ("2k", 2048),
-        ("1_000", 1000),
-        ("7b", 7),
-        (12345, 12345),
-    ],
-)
-def test_sizes_are_read(text: str | int, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("bad", ["", "much", "6 GiBi", "-3MiB", "0", 0, -1, True, None, 2.5, "1e9", "MiB"])
-def test_what_is_no_size_is_refused(bad: Any) -> None:
-    with pytest.raises(BudgetError, match="allowed"):
-        MemoryPlan.parse(bad)
-    assert issubclass(BudgetError, BackdriftError)
-    assert issubclass(BudgetError, ValueError)
-
-
-def test_a_formatted_size_can_be_given_back() -> None:
-    text = format_size(3 * 2**30 + 17)
-    assert text.startswith("3.0 GiB")
-    assert parse_size(int(text.split("(")[1].split(" ")[0])) == 3 * 2**30 + 17
-
-
-def test_plans_are_read() -> None:
-    assert MemoryPlan.parse("min").mode == "min"
-    assert MemoryPlan.parse("1KiB") == MemoryPlan("bytes", 1024)
-    assert MemoryPlan.parse(MemoryPlan("max")) == MemoryPlan("max")
 
 
 def test_auto_takes_a_budget_from_what_is_free() -> None:
@@ -362,95 +275,3 @@ def test_calls_under_no_grad_are_only_calls() -> None:
         out = sample(net, x, cond, ledger)
     assert not out.requires_grad
     assert ledger.stats.calls_forward == 0
-
-
-# ---------------------------------------------------------------------------- changes between the passes
-
-
-@pytest.mark.parametrize("memory", ["min", 10**7, "max"])
-def test_an_edited_weight_is_named(memory: str | int) -> None:
-    net, x, cond = problem()
-    loss = sample(net, x, cond, Ledger(memory)).sum()
-    with torch.no_grad():
-        net.down.weight.mul_(1.01)
-    with pytest.raises(StateChangedError, match=r"net\.down\.weight was modified in place"):
-        loss.backward()
-
-
-@pytest.mark.parametrize("memory", ["min", 10**7, "max"])
-def test_a_changed_flag_is_named(memory: str | int) -> None:
-    net, x, cond = problem()
-    loss = sample(net, x, cond, Ledger(memory)).sum()
-    net.up.bias.requires_grad_(False)
-    with pytest.raises(StateChangedError, match=r"net\.up\.bias had requires_grad=True"):
-        loss.backward()
-
-
-def test_a_replaced_weight_is_named() -> None:
-    net, x, cond = problem()
-    loss = sample(net, x, cond, Ledger("min")).sum()
-    net.up.weight.data = net.up.weight.data * 2
-    with pytest.raises(StateChangedError, match=r"net\.up\.weight was replaced or converted"):
-        loss.backward()
-
-
-@pytest.mark.parametrize("memory", ["min", 10**7])
-def test_an_edited_argument_is_noticed(memory: str | int) -> None:
-    net, x, cond = problem()
-    loss = sample(net, x, cond, Ledger(memory)).sum()
-    with torch.no_grad():
-        cond.add_(1)
-    if memory == "min":
-        with pytest.raises(StateChangedError, match=r"argument of shape \(32,\).* modified in place"):
-            loss.backward()
-    else:  # nothing is redone, and addition does not need it: plain autograd's gradient
-        loss.backward()
-
-
-def test_an_edited_activation_is_noticed() -> None:
-    x = torch.ones(4, requires_grad=True)
-    y = Ledger(10**6).call(torch.exp, x)  # exp saves its output
-    with torch.no_grad():
-        y.mul_(2)
-    with pytest.raises(StateChangedError, match=r"shape \(4,\).*modified in place"):
-        y.sum().backward()
-
-
-@pytest.mark.parametrize("change", ["count", "shape"])
-def test_a_call_that_does_not_repeat_itself_is_noticed(change: str) -> None:
-    x = torch.ones(4, requires_grad=True)
-    calls = []
-
-    def network(x: torch.Tensor) -> torch.Tensor:
-        calls.append(1)
-        if len(calls) < 3:
-            return x.exp().exp()
-        return x.exp() if change == "count" else x.repeat(2).exp().exp()[:4]
-
-    ledger = Ledger("min")
-    y = ledger.call(network, ledger.call(network, x))
-    with pytest.raises(StateChangedError, match="did not repeat itself"):
-        y.sum().backward()
-
-
-@pytest.mark.parametrize("memory", ["min", "max", 10**7])
-def test_a_call_that_edits_what_it_has_saved_is_noticed_also_when_it_is_redone(memory: Any) -> None:
-    x = torch.randn(8, requires_grad=True)
-
-    def spoiled(x: torch.Tensor) -> torch.Tensor:
-        scaled = 1 * x
-        y = scaled.sin()
-        with torch.no_grad():
-            scaled.mul_(2)
-        return y
-
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        spoiled(x).sum().backward()
-    ledger = Ledger(memory)
-    y = ledger.call(spoiled, ledger.call(spoiled, x))
-    with pytest.raises(RuntimeError, match=r"modified (in place|by an inplace)"):
-        y.sum().backward()
-    first = ledger.call(spoiled, x)  # dropped by the next call under "min"
-    ledger.call(spoiled, x)
-    with pytest.raises(RuntimeError, match=r"modified (in place|by an inplace)"):
-        first.sum().backward()

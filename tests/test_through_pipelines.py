@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import gc
-import itertools
-import weakref
 from typing import Any
 
 import diffusers
@@ -14,7 +10,6 @@ import torch
 from torch import Tensor
 
 import backdrift as bd
-from backdrift.errors import InputError, MissingGradientError, UnsupportedError
 from backdrift.pipelines.stepping import steps_of_passes
 from test_differentiable import assert_equal, loss_of
 from tiny_families import tiny_stable_audio, tiny_wan
@@ -26,28 +21,11 @@ from tiny_pipelines import (
     noise_for,
     tiny_controlnet,
     tiny_flux,
-    tiny_sd,
-    tiny_sd3,
     tiny_sd_img2img,
 )
-from truncated_loops import heun_passes, sampled_by_hand
+from truncated_calls import CASES, N, arguments, lora, prepared, with_lora
+from truncated_loops import sampled_by_hand
 
-N = 4
-CASES = {
-    "sd-ddim": (tiny_sd, "DDIMScheduler", {}, list(range(N))),
-    "sd-euler": (tiny_sd, "EulerDiscreteScheduler", {}, list(range(N))),
-    "sd-heun": (tiny_sd, "HeunDiscreteScheduler", {}, heun_passes(N)),
-    "sd-dpm": (tiny_sd, "DPMSolverMultistepScheduler", {}, list(range(N))),
-    "sd-pndm": (tiny_sd, "PNDMScheduler", {"skip_prk_steps": True}, [0, 0, 1, 2, 3]),
-    "sd3-euler": (tiny_sd3, "FlowMatchEulerDiscreteScheduler", {}, list(range(N))),
-    "sd3-heun": (tiny_sd3, "FlowMatchHeunDiscreteScheduler", {}, heun_passes(N)),
-    "sd3-dpm": (
-        tiny_sd3,
-        "DPMSolverMultistepScheduler",
-        {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
-        list(range(N)),
-    ),
-}
 # what is asked for, whether the noise gets a gradient, and the same by hand
 CHOICES: dict[str, tuple[Any, bool, dict[str, Any]]] = {
     "last": (bd.Last(2), False, {"carrying": [2, 3], "cut": 2}),
@@ -56,34 +34,6 @@ CHOICES: dict[str, tuple[Any, bool, dict[str, Any]]] = {
     "discounted": (bd.All(discount=0.5), True, {"carrying": range(N), "discount": 0.5}),
     "input": (bd.Steps([1, 2], input_discount=0.25), True, {"carrying": [1, 2], "input_discount": 0.25}),
 }
-
-
-def with_lora(pipe: Any) -> Any:
-    from peft import LoraConfig
-
-    torch.manual_seed(7)
-    network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-    network.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    return pipe
-
-
-def lora(pipe: Any) -> list[Tensor]:
-    network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-    return [p for n, p in network.named_parameters() if "lora_" in n]
-
-
-def prepared(case: str) -> tuple[Any, list[int]]:
-    build, scheduler, config, passes = CASES[case]
-    pipe = with_lora(build())
-    cls = getattr(diffusers, scheduler)
-    own = {} if scheduler.startswith("FlowMatch") else dict(pipe.scheduler.config)
-    pipe.scheduler = cls.from_config({k: v for k, v in own.items() if not k.startswith("_")} | config)
-    return pipe, passes
-
-
-def arguments(pipe: Any, noise: Tensor, steps: int = N) -> dict[str, Any]:
-    size = {"height": PICTURE, "width": PICTURE}
-    return {"latents": noise, "num_inference_steps": steps, "guidance_scale": 5.0, **size}
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -247,200 +197,6 @@ def test_families_and_control_networks_as_with_networks_that_rest(name: str) -> 
     assert called == made
     assert sum(g is not None and bool(g.any()) for g in expected) > 10
     assert_equal(list(found), list(expected))
-
-
-# ---------------------------------------------------------------------------- nothing in silence
-
-
-def test_a_cut_that_would_lose_the_noise_raises_before_it_samples() -> None:
-    pipe, _ = prepared("sd-ddim")
-    noise, embeds = noise_for(pipe).requires_grad_(), embeds_for(pipe)
-    run = bd.differentiable(pipe, "min", train="lora", through="last:3")
-    with pytest.raises(MissingGradientError, match=r"latents requires grad.*Steps\(range\(1, 4\)\)"):
-        run(**embeds, **arguments(pipe, noise))
-    assert run.stats.calls_forward == 0
-    with torch.no_grad():  # no gradient is asked for
-        run(**embeds, **arguments(pipe, noise))
-
-
-def test_more_steps_than_there_are_raise_before_it_samples() -> None:
-    pipe, _ = prepared("sd-ddim")
-    for through in (bd.Last(5), bd.Random(5), bd.Steps([4]), bd.Steps([-5]), bd.Steps([1, -3])):
-        run = bd.differentiable(pipe, "min", train="lora", through=through)
-        with pytest.raises(InputError, match=r"steps|twice"):
-            run(**embeds_for(pipe), **arguments(pipe, noise_for(pipe)))
-        assert run.stats.calls_forward == 0
-
-
-def test_a_trained_network_that_is_only_called_in_other_steps_raises() -> None:
-    """Wan 2.2 has two networks, one for the high noise levels and one for the low."""
-    from diffusers import WanPipeline
-
-    one = tiny_wan()
-    early, late = one.transformer, copy.deepcopy(one.transformer)
-    pipe = WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=one.vae,
-        scheduler=one.scheduler,
-        transformer=early,
-        transformer_2=late,
-        boundary_ratio=0.85,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    call: dict[str, Any] = {"height": 16, "width": 16, "num_frames": 2, "num_inference_steps": 4}
-    call |= {"prompt_embeds": torch.randn(1, TOKENS, WIDTH), "latents": torch.randn(1, 4, 2, 8, 8)}
-    call |= {"output_type": "latent", "guidance_scale": 1.0}
-    with pytest.raises(
-        MissingGradientError, match=r"transformer is not called in the steps that carry .*\(3 of 4"
-    ):
-        bd.differentiable(pipe, "min", train="transformer", through=bd.Last(1))(**call)
-    for train, step, weights in (("transformer", 0, early), ("transformer_2", 3, late)):
-        out = bd.differentiable(pipe, "min", train=train, through=bd.Steps([step]))(**call)
-        parameters = list(weights.parameters())
-        found = torch.autograd.grad(out.frames.square().sum(), parameters, allow_unused=True)
-        assert any(g is not None and bool(g.any()) for g in found)
-
-
-def test_a_loop_that_cannot_be_followed_is_refused() -> None:
-    pipe, _ = prepared("sd-ddim")
-    noise, embeds = noise_for(pipe), embeds_for(pipe)
-
-    def stop(own: Any, i: int, t: Any, kwargs: Any) -> Any:
-        own._interrupt = i >= 1
-        return kwargs
-
-    run = bd.differentiable(pipe, "min", train="lora", through=bd.Steps([0]))
-    with pytest.raises(UnsupportedError, match="called its scheduler 2 times, and 4 were expected"):
-        run(**embeds, **arguments(pipe, noise), callback_on_step_end=stop)
-    pipe.second_scheduler = copy.deepcopy(pipe.scheduler)
-    with pytest.raises(UnsupportedError, match="the schedulers scheduler, second_scheduler"):
-        run(**embeds, **arguments(pipe, noise))
-
-
-def test_autocast_does_not_hand_casts_without_graph_to_later_steps() -> None:
-    pipe, passes = prepared("sd-ddim")
-    noise, embeds = noise_for(pipe), embeds_for(pipe)
-    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-        hand = sampled_by_hand(pipe, noise, embeds, passes, carrying=[3], cut=3)
-    expected = torch.autograd.grad(loss_of(hand), lora(pipe))
-    assert all(bool(g.any()) for g in expected)
-    with torch.autocast("cpu", torch.bfloat16):
-        run = bd.differentiable(pipe, "max", train="lora", clamp=True, through=bd.Last(1))
-        images = run(**embeds, **arguments(pipe, noise)).images
-        assert torch.is_autocast_cache_enabled()
-    assert_equal(list(torch.autograd.grad(loss_of(images), lora(pipe))), list(expected))
-
-
-def test_the_users_pipeline_and_tensors_are_left_as_they_were() -> None:
-    pipe, _ = prepared("sd3-euler")
-    noise, embeds = noise_for(pipe).requires_grad_(), embeds_for(pipe)
-    before, cls = dict(vars(pipe.scheduler)), type(pipe.scheduler)
-    run = bd.differentiable(pipe, "min", through=bd.Steps([1]))
-    images = run(**embeds, **arguments(pipe, noise)).images
-    assert type(pipe.scheduler) is cls
-    assert vars(pipe.scheduler).keys() == before.keys()
-    assert "forward" not in vars(pipe.transformer)
-    images.sum().backward()
-    assert run.trace.latents[0] == pytest.approx(noise.grad.norm().item(), rel=1e-6)
-    del run, images
-    gc.collect()
-    assert not noise._backward_hooks  # SD3 hands the leaf itself to its scheduler
-
-
-@pytest.mark.parametrize("through", ["all", "steps:1"])
-def test_what_the_scheduler_holds_goes_when_the_call_is_over(through: str) -> None:
-    pipe, _ = prepared("sd-dpm")
-    kept: list[Any] = []
-
-    def look(own: Any, i: int, t: Any, kwargs: Any) -> Any:
-        kept.append(weakref.ref(own.scheduler))
-        return kwargs
-
-    gc.disable()
-    try:
-        run = bd.differentiable(pipe, "min", train="lora", through=through)
-        images = run(**embeds_for(pipe), **arguments(pipe, noise_for(pipe)), callback_on_step_end=look).images
-        assert images.requires_grad
-        assert [reference() for reference in kept] == [None] * N
-    finally:
-        gc.enable()
-
-
-# ---------------------------------------------------------------------------- the trace
-
-
-def test_the_trace_holds_the_norms_of_the_gradients_at_the_latents() -> None:
-    pipe, _ = prepared("sd-ddim")
-    noise, embeds = noise_for(pipe).requires_grad_(), embeds_for(pipe)
-    kept: list[Tensor] = []
-
-    def keep(own: Any, i: int, t: Any, kwargs: Any) -> Any:
-        kept.append(kwargs["latents"])
-        return kwargs
-
-    run = bd.differentiable(pipe, "min")
-    assert run.trace.latents == [None]
-    images = run(**embeds, **arguments(pipe, noise), callback_on_step_end=keep).images
-    assert run.trace.latents == [None] * (N + 1)
-    assert run.trace.steps == tuple(range(N))
-    loss = loss_of(images)
-    known = [g.norm().item() for g in torch.autograd.grad(loss, [noise, *kept], retain_graph=True)]
-    loss.backward()
-    assert run.trace.latents == pytest.approx(known, rel=1e-5)
-    assert run.trace.growth == pytest.approx([a / b for a, b in itertools.pairwise(known)], rel=1e-5)
-    assert all(norm is not None and norm > 0 for norm in run.trace.eps)
-    assert not run.trace.exploding
-    assert not run.trace.clipped
-    assert "through" in run.trace.as_dict()
-    assert "growth" in repr(run.trace)
-
-
-def test_eps_and_adjoint_are_tied_by_the_schedulers_step() -> None:
-    """DDIM with eta = 0 is x' = p x + q eps with known p and q, so the gradient at eps is q times that at x'."""
-    pipe, _ = prepared("sd-ddim")
-    noise, embeds = noise_for(pipe).requires_grad_(), embeds_for(pipe)
-    run = bd.differentiable(pipe, "min")
-    loss_of(run(**embeds, **arguments(pipe, noise)).images).backward()
-    alphas = pipe.scheduler.alphas_cumprod.double()
-    scheduler = copy.deepcopy(pipe.scheduler)
-    scheduler.set_timesteps(N)
-    times = scheduler.timesteps.tolist()
-    for i, t in enumerate(times):
-        before = t - scheduler.config.num_train_timesteps // N
-        a, b = alphas[t], alphas[before] if before >= 0 else scheduler.final_alpha_cumprod.double()
-        q = (1 - b).sqrt() - (b / a * (1 - a)).sqrt()
-        assert run.trace.eps[i] == pytest.approx(abs(q.item()) * run.trace.latents[i + 1], rel=1e-4)
-
-
-def test_clipping_bounds_the_adjoint_at_every_boundary() -> None:
-    pipe, _ = prepared("sd-euler")
-    generator = torch.Generator().manual_seed(3)
-    noise = torch.cat([noise_for(pipe), 3 * torch.randn(1, 4, 8, 8, generator=generator)]).requires_grad_()
-    embeds = {k: torch.cat([v, v]) for k, v in embeds_for(pipe).items()}
-    free = bd.differentiable(pipe, "min", train="lora", clamp=True)
-    plain = loss_of(free(**embeds, **arguments(pipe, noise)).images)
-    exact = torch.autograd.grad(plain, [noise, *lora(pipe)])
-    limit = min(norm for norm in free.trace.latents[1:] if norm) / 40
-    run = bd.differentiable(pipe, "min", train="lora", clamp=True, through=bd.All(clip_step=limit))
-    seen: list[Tensor] = []
-
-    def look(own: Any, i: int, t: Any, kwargs: Any) -> Any:
-        kwargs["latents"].register_hook(seen.append)  # behind the run's own hook
-        return kwargs
-
-    loss = loss_of(run(**embeds, **arguments(pipe, noise), callback_on_step_end=look).images)
-    found = torch.autograd.grad(loss, [noise, *lora(pipe)])
-    norms = torch.stack(seen).flatten(2).norm(dim=2)  # what each step's end handed on, sample by sample
-    assert bool((norms <= limit * (1 + 1e-6)).all())
-    assert N in run.trace.clipped  # at the others where a step has made it grow again
-    torch.testing.assert_close(norms[0], torch.full((2,), limit), rtol=1e-6, atol=0)
-    assert not torch.allclose(found[1], exact[1], rtol=0.1)
-    # A limit that nothing reaches changes no bit.
-    run = bd.differentiable(pipe, "min", train="lora", clamp=True, through=bd.All(clip_step=1e9))
-    loss = loss_of(run(**embeds, **arguments(pipe, noise)).images)
-    torch.testing.assert_close(torch.autograd.grad(loss, [noise])[0], exact[0], rtol=0, atol=0)
-    assert run.trace.clipped == ()
 
 
 # ---------------------------------------------------------------------------- with a budget

@@ -24,7 +24,7 @@ from backdrift.grids import TimeGrid
 from backdrift.sampling import Solution, sample
 from backdrift.schedules import Flow
 from backdrift.solvers import RK4, Heun
-from live_bytes import LiveBytes
+from peak_memory import TanhStack, peak_of_run
 from problems import ToyNetwork, toy_denoiser, toy_inputs
 
 METHODS: dict[str, GradientMethod] = {
@@ -294,39 +294,14 @@ def test_without_gradients_nothing_is_kept(method: GradientMethod) -> None:
     assert torch.equal(same.x0, solution.x0)
 
 
-class Wide(nn.Module):
-    """Weights that outweigh the activations, or the other way round."""
-
-    def __init__(self, weights: bool) -> None:
-        super().__init__()
-        width = 256 if weights else 32
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(6))
-
-    def forward(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
-        for layer in self.layers:
-            x = torch.tanh(layer(x))
-        return x
-
-
-def peak(network: nn.Module, x: Tensor, steps: int, method: GradientMethod) -> int:
-    network.zero_grad(set_to_none=True)
-    x = x.clone().requires_grad_()
-    grid = TimeGrid("uniform", steps, start=1.0, end=0.05)
-    gc.collect()
-    with LiveBytes() as live:
-        solution = sample(toy_denoiser(network), x, grid=grid, gradient=method, check_finite=False)
-        solution.x0.sum().backward()
-    return live.peak
-
-
 @each_method
 @pytest.mark.parametrize("weights", [False, True])
 def test_memory_does_not_grow_with_the_steps_but_for_the_states(
     method: GradientMethod, weights: bool
 ) -> None:
-    network = Wide(weights)
+    network = TanhStack(256 if weights else 32)
     x = torch.randn(2, 256) if weights else torch.randn(256, 32)
-    few, many = peak(network, x, 4, method), peak(network, x, 24, method)
+    few, many = (peak_of_run(network, x, steps, method) for steps in (4, 24))
     recomputed = getattr(method, "trajectory", "stored") == "recompute"
     # A latent a step where states are stored (two to interpolate: its slope too), and a few numbers.
     latents = 0 if recomputed else 2 if isinstance(method, ContinuousAdjoint) else 1
