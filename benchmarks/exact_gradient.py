@@ -247,7 +247,7 @@ def main(arguments: list[str]) -> int:
     }
     if chosen.fresh:
         chosen.out.unlink(missing_ok=True)
-    record = Record(chosen.out, machine(torch.device(chosen.device)), settings)
+    record = Record(chosen.out, machine(torch.device(chosen.device)), settings, "memory", "times")
     Bench(chosen, record).run()
     figures = Figures(record.data)
     print(summary(figures), "\n")

@@ -15,11 +15,12 @@ import sys
 from pathlib import Path
 
 from .exact_gradient import RESULTS
+from .marked import marked, rewritten
 from .peers.page import figures as beside_peers
 from .record import Figures
 
 README = Path(__file__).parent.parent / "README.md"
-START, END = "<!-- figures -->\n", "<!-- /figures -->\n"
+BESIDES = "Measured besides: ambigrams, inversion, model pages, guidance, other packages"
 _NAMES = {
     "plain": "plain autograd",
     "exact-max": '`Exact("max")`',
@@ -101,30 +102,19 @@ def block(results: Path = RESULTS) -> str:
             ]
     rows += [f"| {what} | {value} |" for what, value in beside_peers(results)]
     if rows:
-        parts.append("\n".join(["| measured | |", "|---|---|", *rows]))
+        table = "\n".join(["| measured | |", "|---|---|", *rows])
+        parts.append(f"<details>\n<summary>{BESIDES}</summary>\n\n{table}\n\n</details>")
     return "".join(f"{part}\n\n" for part in parts)
-
-
-def current(text: str) -> str:
-    """What stands between the markers now.
-
-    Raises:
-        ValueError: the markers are not there once each, in order.
-    """
-    if text.count(START) != 1 or text.count(END) != 1:
-        raise ValueError(f"the README needs one line {START.strip()} and one line {END.strip()}")
-    return text.split(START)[1].split(END)[0]
 
 
 def main(arguments: list[str]) -> int:
     """Print the block, or write it."""
     text, wanted = README.read_text(), block()
-    found = current(text)
     if "--write" in arguments:
-        README.write_text(text.replace(START + found + END, START + wanted + END))
+        README.write_text(rewritten(text, {"figures": wanted}))
         return 0
     print(wanted)
-    return int(found != wanted)
+    return int(marked(text, "figures") != wanted)
 
 
 if __name__ == "__main__":

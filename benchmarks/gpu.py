@@ -220,9 +220,7 @@ class Bench:
 
     def _save(self, cell: dict[str, Any]) -> None:
         same = {k: cell[k] for k in ("model", "dtype", "wants", "through", "steps", "method")}
-        others = [c for c in self.record.data["cells"] if any(c[k] != v for k, v in same.items())]
-        self.record.data["cells"] = [*others, cell]
-        self.record.save()
+        self.record.replace("cells", same, cell)
 
 
 def about(device: torch.device) -> dict[str, Any]:
@@ -270,8 +268,8 @@ def main(arguments: list[str]) -> int:
     chosen = parser.parse_args(arguments)
     until = time.monotonic() + 60 * chosen.minutes
     device = torch.device(chosen.device)
-    record = Record(chosen.out or results_path(device, chosen.small), about(device), {"small": chosen.small})
-    record.data.setdefault("cells", [])
+    path = chosen.out or results_path(device, chosen.small)
+    record = Record(path, about(device), {"small": chosen.small}, "cells")
     wanted = selected(chosen)
     left = 0
     if not chosen.list:

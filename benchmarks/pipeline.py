@@ -220,10 +220,10 @@ def main(arguments: list[str]) -> int:
     out = chosen.out or RESULTS / f"pipeline{'_small' if chosen.small else ''}.json"
     size = SMALL if chosen.small else FULL
     parameters = sum(p.numel() for p in size.unet().parameters())
-    record = Record(out, machine(CPU), {"parameters": parameters, "latents": [1, 4, size.side, size.side]})
+    settings = {"parameters": parameters, "latents": [1, 4, size.side, size.side]}
+    record = Record(out, machine(CPU), settings, "memory", "times")
     Bench(chosen, record).run()
-    record.data["figures"] = rows(record)
-    record.save()
+    record.note("figures", rows(record))
     for what, value in record.data["figures"]:
         print(f"{what}: {value}")
     return 0

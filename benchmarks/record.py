@@ -4,51 +4,82 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+Cell = dict[str, Any]
+
 
 class Record:
-    """Measurements by (steps, wants, method).
+    """Measurements of several kinds, each a list of cells, and what else is noted beside them.
 
     Args:
         path: the file; read if it exists.
         machine, settings: what the figures depend on.
+        kinds: the names of the lists.
 
     Raises:
         SystemExit: the file holds figures of another machine or other settings.
     """
 
-    def __init__(self, path: Path, machine: dict[str, Any], settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path, machine: dict[str, Any], settings: dict[str, Any], *kinds: str) -> None:
         self.path = path
-        self.data: dict[str, Any] = {"machine": machine, "settings": settings, "memory": [], "times": []}
+        self.data: dict[str, Any] = {"machine": machine, "settings": settings}
         if path.exists():
             old = json.loads(path.read_text())
-            for part in ("machine", "settings"):
-                differing = {k for k, v in self.data[part].items() if old[part].get(k) != v}
-                if differing:
-                    raise SystemExit(
-                        f"{path.name} holds figures of another {part[:7]} ({', '.join(sorted(differing))} differ): "
-                        "add --fresh to replace it, or --out for another file"
-                    )
+            differing = [k for part in self.data for k, v in self.data[part].items() if old[part].get(k) != v]
+            if differing:
+                raise SystemExit(
+                    f"{path.name} was measured with other {', '.join(differing)}: delete it to measure anew, or name "
+                    "another place for the results"
+                )
             self.data = old
+        for kind in kinds:
+            self.data.setdefault(kind, [])
+
+    def find(self, kind: str, **keys: Any) -> list[Cell]:
+        """The measurements with these values."""
+        return [cell for cell in self.data[kind] if _has(cell, keys)]
 
     def add(self, kind: str, **cell: Any) -> None:
-        """Append a measurement (``kind`` is ``"memory"`` or ``"times"``) and save."""
+        """Append a measurement and save."""
         self.data[kind].append(cell)
         self.save()
 
-    def find(self, kind: str, **keys: Any) -> list[dict[str, Any]]:
-        """The measurements with these values."""
-        return [c for c in self.data[kind] if all(c.get(k) == v for k, v in keys.items())]
+    def replace(self, kind: str, keys: Cell, cell: Cell) -> None:
+        """Put a measurement in the place of those with these values, and save."""
+        self.data[kind] = [other for other in self.data[kind] if not _has(other, keys)]
+        self.add(kind, **cell)
+
+    def ensure(self, kind: str, keys: Cell, measure: Callable[[], Cell]) -> Cell:
+        """The measurement with these values, made and saved now if there is none."""
+        if not self.find(kind, **keys):
+            self.add(kind, **{**keys, **measure()})
+        return self.find(kind, **keys)[0]
+
+    def note(self, name: str, value: Any) -> None:
+        """Set an entry beside the measurements and save."""
+        self.data[name] = value
+        self.save()
 
     def save(self) -> None:
-        """Write the file; a kill in between leaves the old one."""
+        """Write the file, a measurement on a line; a kill in between leaves the old one."""
+        parts = []
+        for name, value in self.data.items():
+            text = json.dumps(value, ensure_ascii=False)
+            if isinstance(value, list) and value and isinstance(value[0], dict):
+                text = "[\n" + ",\n".join(json.dumps(cell, ensure_ascii=False) for cell in value) + "\n]"
+            parts.append(f"{json.dumps(name)}: {text}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         fresh = self.path.with_suffix(".part")
-        fresh.write_text(json.dumps(self.data, indent=1) + "\n")
+        fresh.write_text("{\n" + ",\n".join(parts) + "\n}\n")
         os.replace(fresh, self.path)
+
+
+def _has(cell: Cell, keys: Cell) -> bool:
+    return all(cell.get(k) == v for k, v in keys.items())
 
 
 class Figures:

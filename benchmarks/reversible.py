@@ -25,6 +25,8 @@ import backdrift as bd
 from backdrift import nests
 from backdrift.solvers import ReversibleSolver
 
+from .marked import rewritten
+
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "reversible.md"
 SOLVERS: dict[str, ReversibleSolver] = {
@@ -180,17 +182,12 @@ def rows(name: str) -> str:
 @app.command()
 def table(write: Annotated[bool, typer.Option("--write", help="Into the page.")] = False) -> None:
     """The page's tables."""
-    text = PAGE.read_text() if write else ""
-    for name in ("mixture", "pipeline"):
-        if not (RESULTS / f"reversible-{name}.json").exists():
-            continue
-        if write:
-            start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
-            text = text.split(start)[0] + start + rows(name) + end + text.split(end)[1]
-        else:
-            print(rows(name))
+    measured = (name for name in ("mixture", "pipeline") if (RESULTS / f"reversible-{name}.json").exists())
+    blocks = {name: rows(name) for name in measured}
     if write:
-        PAGE.write_text(text)
+        PAGE.write_text(rewritten(PAGE.read_text(), blocks))
+    else:
+        print("\n".join(blocks.values()))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ pytest.importorskip("torchdiffeq")
 
 from benchmarks import figures as readme
 from benchmarks.exact_gradient import compare, main
+from benchmarks.marked import marked, rewritten
 from benchmarks.measure import MALLOC, host_bytes, machine, peak_bytes
 from benchmarks.methods import plain, torchdiffeq
 from benchmarks.problem import GUIDANCE, SMALL, Problem
@@ -91,7 +92,7 @@ def test_torchdiffeq_solves_the_same_equation_and_its_gradient_converges(problem
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     out = tmp_path_factory.mktemp("bench") / "small.json"
     arguments = ["--small", "--out", str(out), "--repeats", "2", "--steps", "2", "3", "--wants", "all"]
-    arguments += ["--flat-to", "6"]
+    arguments += ["--flat-to", "6", "--methods", "exact-1/2", "checkpoint", "torchdiffeq"]  # and what they need
     main(arguments)
     return out, arguments
 
@@ -118,21 +119,16 @@ def test_a_run_measures_bits_calls_and_memory(small_run: tuple[Path, list[str]])
 def test_a_run_is_taken_up_where_it_stopped(small_run: tuple[Path, list[str]]) -> None:
     out, arguments = small_run
     whole = json.loads(out.read_text())
-    part = dict(whole, times=[c for c in whole["times"] if c["repeat"] == 0], memory=whole["memory"])
+    kept = [c for c in whole["times"] if c["method"] != "checkpoint" or c["repeat"] == 0]
+    part = dict(whole, times=kept)
     other = out.with_name("part.json")
     other.write_text(json.dumps(part))
     main([str(other) if a == str(out) else a for a in arguments])
     again = json.loads(other.read_text())
-    assert again["times"][: len(part["times"])] == part["times"]  # measured once, never again
-    assert len(again["times"]) == len(whole["times"])
+    assert again["times"][: len(kept)] == kept  # measured once, never again
+    added = [(c["steps"], c["method"], c["repeat"]) for c in again["times"][len(kept) :]]
+    assert added == [(2, "checkpoint", 1), (3, "checkpoint", 1)]
     assert again["memory"] == whole["memory"]
-
-
-def test_figures_of_another_machine_are_not_mixed_in(tmp_path: Path) -> None:
-    path = tmp_path / "r.json"
-    Record(path, {"cores": 2}, {}).save()
-    with pytest.raises(SystemExit, match=r"another machine \(cores differ\).*--fresh"):
-        Record(path, {"cores": 4}, {})
 
 
 def test_the_machine_is_described_and_not_named() -> None:
@@ -197,12 +193,24 @@ def test_the_table_says_what_the_results_say(tmp_path: Path) -> None:
 
 
 def test_the_readme_holds_the_results_and_nothing_else() -> None:
-    assert readme.current(readme.README.read_text()) == readme.block(), "run: make figures"
+    assert marked(readme.README.read_text(), "figures") == readme.block(), "run: make figures"
 
 
-def test_a_readme_without_markers_is_refused() -> None:
-    with pytest.raises(ValueError, match="<!-- figures -->"):
-        readme.current("no table here")
+PAGE = "# Title\n<!-- a -->\nold\n<!-- /a -->\nbetween\n<!-- b -->\n<!-- /b -->\nend\n"
+
+
+def test_blocks_of_a_page_are_rewritten_and_nothing_else() -> None:
+    assert marked(PAGE, "a") == "old\n"
+    assert marked(PAGE, "b") == ""
+    new = rewritten(PAGE, {"b": "x\ny\n", "a": ""})
+    assert new == "# Title\n<!-- a -->\n<!-- /a -->\nbetween\n<!-- b -->\nx\ny\n<!-- /b -->\nend\n"
+    assert rewritten(new, {"a": "old\n", "b": ""}) == PAGE
+
+
+@pytest.mark.parametrize("text", ["no table here", PAGE + PAGE, "<!-- /a -->\n<!-- a -->\n"])
+def test_a_page_without_its_markers_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="one line <!-- a -->"):
+        rewritten(text, {"a": "new"})
 
 
 def test_the_pipelines_four_ways_give_the_same_bits_in_bounded_memory(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from benchmarks.table1 import __main__ as command
 from benchmarks.table1 import page
 from benchmarks.table1.measure import Problem
 from benchmarks.table1.methods import METHODS, TARGETS
-from benchmarks.table1.results import Results
 from training import digits as training
 from training.scenes import real_digits
 
@@ -198,7 +197,7 @@ def test_a_small_run_is_the_same_bit_for_bit_after_a_stop(few: None, tmp_path: P
     (tmp_path / "part.json").write_text(json.dumps(part))
     again = command.run(Problem(40, 3, fine_steps=20), tmp_path / "part.json").data
     assert json.dumps(again) == json.dumps(whole)
-    with pytest.raises(SystemExit, match=r"seed.*--fresh"):
+    with pytest.raises(SystemExit, match="other seed"):
         command.run(Problem(40, 4, fine_steps=20), tmp_path / "part.json")
     page.plot(whole, tmp_path / "t.png")
     assert (tmp_path / "t.png").read_bytes()[:4] == b"\x89PNG"
@@ -222,19 +221,8 @@ def test_more_steps_lead_to_the_stand_in_for_the_exact_flow() -> None:
     assert float((other - problem.fine).double().norm()) < errors[2]
 
 
-def test_results_of_another_machine_are_not_mixed_in(tmp_path: Path) -> None:
-    Results(tmp_path / "r.json", {"torch": "1"}, {"samples": 3}).save()
-    with pytest.raises(SystemExit, match=r"other torch: .*--fresh"):
-        Results(tmp_path / "r.json", {"torch": "2"}, {"samples": 3})
-
-
 def test_the_page_holds_the_results_and_nothing_else() -> None:
     text = page.PAGE.read_text()
     assert page.written(text, json.loads(command.RESULTS.read_text())) == text, (
         "run: python -m benchmarks.table1 --write"
     )
-
-
-def test_a_page_without_markers_is_refused() -> None:
-    with pytest.raises(ValueError, match="<!-- table1 -->"):
-        page.written("no table here", {})

@@ -63,27 +63,25 @@ def main(arguments: list[str]) -> int:
     if unknown:
         parser.error(f"no block {min(unknown)!r}; there are: {', '.join(known)}")
     _quiet()
-    record = Record(chosen.out, machine(torch.device(device)), {"blocks": len(BLOCKS)})
+    record = Record(chosen.out, machine(torch.device(device)), {"blocks": len(BLOCKS)}, "blocks")
     console = Console()
     for name in chosen.blocks or known:
-        old = record.find("blocks", block=name) if "blocks" in record.data else []
+        old = record.find("blocks", block=name)
         if old and not chosen.fresh and old[0]["steps"] == chosen.steps:
             continue
         cell = measure(known[name], chosen.steps)
-        kept = [*(c for c in record.data.get("blocks", []) if c["block"] != name), cell]
-        order = list(known)
-        record.data["blocks"] = sorted(kept, key=lambda c: order.index(c["block"]))
-        record.data["figures"] = figures(record.data["blocks"])
-        record.save()
+        record.replace("blocks", {"block": name}, cell)
+        record.data["blocks"].sort(key=lambda c: list(known).index(c["block"]))
+        record.note("figures", figures(record.data["blocks"]))
         ours, theirs = cell["backdrift"]["status"], cell["fifteen"]["status"]  # type: ignore[index]
         console.print(f"{name}: {ours}; fifteen lines: {theirs} ({cell['seconds']} s)")
     table = Table("block", "backdrift", "fifteen lines", title=f"One line: {ONE_LINE}")
-    for row in rows(record.data.get("blocks", [])):
+    for row in rows(record.data["blocks"]):
         table.add_row(*row)
     console.print(table)
     for what, value in record.data.get("figures", []):
         console.print(f"{what}: {value}")
-    return int(any(c["backdrift"]["status"] != "verified" for c in record.data.get("blocks", [])))
+    return int(any(c["backdrift"]["status"] != "verified" for c in record.data["blocks"]))
 
 
 def _quiet() -> None:

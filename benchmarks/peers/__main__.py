@@ -23,8 +23,10 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ..marked import rewritten
 from ..measure import MALLOC, machine
-from .bench import CPU, Bench, Lines
+from ..record import Record
+from .bench import CPU, KINDS, Bench
 from .lineup import NEEDS, missing
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -47,9 +49,9 @@ def versions() -> dict[str, Any]:
     }
 
 
-def record_of(problem: str, folder: Path) -> Lines:
+def record_of(problem: str, folder: Path) -> Record:
     """The record of what is not timed."""
-    return Lines(folder / f"peers-{problem}.json", versions(), {"problem": problem})
+    return Record(folder / f"peers-{problem}.json", versions(), {"problem": problem}, *KINDS)
 
 
 def _say_missing() -> None:
@@ -95,7 +97,7 @@ def timed(
         os.execve(sys.executable, command, {**os.environ, **MALLOC})
     for problem in problems or ["unet", "mixture", "digits"]:
         about = machine(CPU) | versions()
-        record = Lines(out / f"peers-time-{problem}.json", about, {"problem": problem})
+        record = Record(out / f"peers-time-{problem}.json", about, {"problem": problem}, *KINDS)
         Bench(problem, record, only or ()).times(repeats)
 
 
@@ -105,10 +107,10 @@ def page(
     out: Out = RESULTS,
 ) -> None:
     """The page's tables, from the results."""
-    from .page import blocks, plots, written
+    from .page import blocks, plots
 
     if write:
-        PAGE.write_text(written(PAGE.read_text(), blocks(out)))
+        PAGE.write_text(rewritten(PAGE.read_text(), blocks(out)))
         plots(out, PAGE.parent / "images")
     else:
         print("\n".join(f"{name}\n\n{text}" for name, text in blocks(out).items()))

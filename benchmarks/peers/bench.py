@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Iterable
@@ -27,6 +25,7 @@ from .reach import STEPS, search
 from .work import QUANTITIES, Work
 
 CPU = torch.device("cpu")
+KINDS = ("errors", "memory", "times")
 SDE_STEPS = (8, 16, 32, 64, 128, 256, 512, 1024)
 # For time and memory: numbers of steps, and tolerances of the adaptive ones.
 TIMED_STEPS = {"mixture": (8, 16, 32, 64), "digits": (5, 10, 20, 50), "unet": (10,), "small": (3,)}
@@ -52,27 +51,8 @@ def truth(problem: str) -> tuple[dict[str, Tensor], float]:
     return found, max(relative_errors(coarse, found).values())
 
 
-class Lines(Record):
-    """A record with one measurement per line, errors to four digits."""
-
-    def add(self, kind: str, **cell: Any) -> None:
-        super().add(kind, **{k: v if k == "value" else _rounded(v) for k, v in cell.items()})
-
-    def save(self) -> None:
-        parts = []
-        for key, value in self.data.items():
-            if isinstance(value, list) and value and isinstance(value[0], dict):
-                value = "[\n" + ",\n".join(json.dumps(cell) for cell in value) + "\n]"
-            else:
-                value = json.dumps(value)
-            parts.append(f"{json.dumps(key)}: {value}")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self.path.with_suffix(".part")
-        fresh.write_text("{\n" + ",\n".join(parts) + "\n}\n")
-        os.replace(fresh, self.path)
-
-
 def _rounded(value: Any) -> Any:
+    """To four digits."""
     if isinstance(value, dict):
         return {k: _rounded(v) for k, v in value.items()}
     return float(f"{value:.4g}") if isinstance(value, float) else value
@@ -83,14 +63,12 @@ class Bench:
 
     Args:
         problem: its name.
-        record: where cells go: kinds ``errors``, ``memory``, ``times``.
+        record: where cells go: :data:`KINDS`.
         only: parts of methods' keys; empty for all.
     """
 
     def __init__(self, problem: str, record: Record, only: Iterable[str] = ()) -> None:
         self.problem, self.record, self.only = problem, record, tuple(only)
-        for kind in ("errors", "memory", "times"):
-            record.data.setdefault(kind, [])
 
     def errors(self) -> None:
         """Errors, calls and products of every method, until its error is far below the target."""
@@ -197,7 +175,7 @@ class Bench:
         return self.record.find(kind, method=method.key, value=value, wants="+".join(wants), **more)
 
     def _add(self, kind: str, wants: tuple[str, ...], method: Method, value: float, **cell: Any) -> None:
-        self.record.add(kind, method=method.key, value=value, wants="+".join(wants), **cell)
+        self.record.add(kind, method=method.key, value=value, wants="+".join(wants), **_rounded(cell))
         shown = {k: v for k, v in cell.items() if k in ("calls", "products", "peak_bytes", "seconds")}
         print(f"{kind:7} {method.key} @ {value:g}: {shown} {cell.get('errors', '')}", flush=True)
 

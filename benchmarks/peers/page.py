@@ -44,27 +44,14 @@ def is_ours(key: str) -> bool:
 
 def blocks(folder: Path) -> dict[str, str]:
     """What stands between the page's markers, by marker."""
-    return {
+    found = {
         "targets": "\n".join(f"- {t}" for t in targets(folder)) or "Not measured yet.",
         "reach mixture": reach_table(read(folder, "mixture").get("errors", [])),
         "reach digits": reach_table(read(folder, "digits").get("errors", [])),
         "sde": sde_table(read(folder, "sde").get("errors", [])),
         **{f"cost {name}": cost_table(folder, name) for name in PROBLEMS},
     }
-
-
-def written(text: str, found: dict[str, str]) -> str:
-    """The page with its blocks replaced.
-
-    Raises:
-        ValueError: a marker is missing.
-    """
-    for name, block in found.items():
-        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
-        if text.count(start) != 1 or text.count(end) != 1:
-            raise ValueError(f"docs/peers.md needs one line {start.strip()} and one line {end.strip()}")
-        text = text.split(start)[0] + start + block + "\n" + end + text.split(end)[1]
-    return text
+    return {name: f"{text}\n" for name, text in found.items()}
 
 
 def best_of_each(cells: Cells, target: float = TARGET) -> list[Reached]:

@@ -18,36 +18,34 @@ import torch
 import typer
 
 from ..measure import MALLOC, machine
+from ..record import Record
 from . import page
 from .measure import FINE_STEPS, Problem
 from .methods import GRIDS, METHODS, TARGETS
-from .results import Results
 
 RESULTS = Path(__file__).parents[1] / "results" / "table1.json"
 MACHINE = ("processor", "threads", "python", "torch")
 
 
-def run(problem: Problem, path: Path) -> Results:
+def run(problem: Problem, path: Path) -> Record:
     """Measure every cell that ``path`` does not have."""
     about = machine(torch.device("cpu"))
-    results = Results(path, {key: about[key] for key in MACHINE}, problem.settings)
-    if not results.data["floors"]:
-        results.data["floors"] = problem.floors()
-        results.save()
+    record = Record(path, {key: about[key] for key in MACHINE}, problem.settings, "cells")
+    if not record.data.get("floors"):
+        record.note("floors", problem.floors())
     for method in METHODS:
         for grid in GRIDS:
             for target in TARGETS:
-                new = results.cell(method.name, grid, target) is None
-                cell = results.ensure(
-                    method.name, grid, target, lambda m=method, g=grid, n=target: problem.cell(m, g, n)
-                )
+                keys = {"method": method.name, "grid": grid, "target": target}
+                new = not record.find("cells", **keys)
+                cell = record.ensure("cells", keys, lambda m=method, g=grid, n=target: problem.cell(m, g, n))
                 if new:
                     shown = ", ".join(f"{k} {page.number(cell[k])}" for k in ("classifier", "pixels", "rms"))
                     print(f"{method.name}, {grid}, {cell['calls']} calls: {shown}", flush=True)
     names = [method.name for method in METHODS]
-    results.data["cells"].sort(key=lambda c: (names.index(c["method"]), GRIDS.index(c["grid"]), c["target"]))
-    results.save()
-    return results
+    record.data["cells"].sort(key=lambda c: (names.index(c["method"]), GRIDS.index(c["grid"]), c["target"]))
+    record.save()
+    return record
 
 
 def main(

@@ -134,9 +134,6 @@ class Problem:
         steps = method.steps(target)
         states, calls = self.run(method.solver, method.form, rule, steps)
         return {
-            "method": method.name,
-            "grid": rule,
-            "target": target,
             "calls": calls,
             "steps": steps,
             **self.quality(ink(states)),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..marked import rewritten
 from .methods import GRIDS, METHODS, TARGETS
 
 PAGE = Path(__file__).parents[2] / "docs" / "table1.md"
-START, END = "<!-- table1 -->\n", "<!-- /table1 -->\n"
 GRID_NAMES = {"uniform": "uniform", "logsnr": "log-SNR"}
 # Pan et al. 2023, arXiv version 1, Table 1: FID on CIFAR-10 by Adams–Bashforth of order 4, (original, exponential).
 PAPER = {10: (9.50, 4.36), 20: (8.27, 2.90), 50: (5.64, 2.58)}
@@ -151,9 +151,7 @@ def written(text: str, data: Data) -> str:
     Raises:
         ValueError: the markers are not there once each.
     """
-    if text.count(START) != 1 or text.count(END) != 1:
-        raise ValueError(f"the page needs one line {START.strip()} and one line {END.strip()}")
-    return text.split(START)[0] + START + block(data) + END + text.split(END)[1]
+    return rewritten(text, {"table1": block(data)})
 
 
 def plot(data: Data, path: Path) -> None:
