@@ -15,8 +15,8 @@ from tiny_pipelines import (
     LATENT,
     WIDTH,
     tiny_ddim,
+    tiny_sdxl,
     tiny_text_encoder,
-    tiny_text_encoder_with_projection,
     tiny_tokenizer,
     tiny_unet,
     tiny_vae,
@@ -253,23 +253,11 @@ def tiny_modular() -> Any:
     """Stable Diffusion XL as a modular pipeline, from the parts of ``tiny_sdxl``."""
     from diffusers import ClassifierFreeGuidance, EulerDiscreteScheduler, StableDiffusionXLAutoBlocks
 
-    unet = tiny_unet(
-        seed=2,
-        cross_attention_dim=2 * WIDTH,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=6 * 4 + WIDTH,
-        transformer_layers_per_block=(1, 1),
-        use_linear_projection=True,
-    )
+    names = ("unet", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    parts = tiny_sdxl().components
     pipe = StableDiffusionXLAutoBlocks().init_pipeline()
     pipe.update_components(
-        unet=unet,
-        vae=tiny_vae(force_upcast=False),
-        text_encoder=tiny_text_encoder(seed=1),
-        tokenizer=tiny_tokenizer(),
-        text_encoder_2=tiny_text_encoder_with_projection(seed=3),
-        tokenizer_2=tiny_tokenizer(),
+        **{name: parts[name] for name in names},
         scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
         guider=ClassifierFreeGuidance(guidance_scale=5.0),
         force_zeros_for_empty_prompt=True,

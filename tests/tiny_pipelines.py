@@ -125,6 +125,19 @@ def tiny_unet(**kwargs: Any) -> Any:
     return UNet2DConditionModel(**{**config, **kwargs}).eval()
 
 
+def tiny_sdxl_unet(**kwargs: Any) -> Any:
+    """A UNet that reads the pooled embedding and the sizes beside the prompt, as SDXL's does."""
+    config = {
+        "cross_attention_dim": 2 * WIDTH,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 6 * 4 + WIDTH,
+        "transformer_layers_per_block": (1, 1),
+        "use_linear_projection": True,
+    }
+    return tiny_unet(seed=2, **{**config, **kwargs})
+
+
 def _beta_config() -> dict[str, Any]:
     # The names and values of Stable Diffusion's own scheduler config.
     return {
@@ -213,15 +226,6 @@ def tiny_sdxl() -> Any:
     """A StableDiffusionXLPipeline: two text encoders, pooled embedding and size conditioning."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
-    unet = tiny_unet(
-        seed=2,
-        cross_attention_dim=2 * WIDTH,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=6 * 4 + WIDTH,
-        transformer_layers_per_block=(1, 1),
-        use_linear_projection=True,
-    )
     return _quiet(
         StableDiffusionXLPipeline(
             vae=tiny_vae(force_upcast=False),
@@ -229,7 +233,7 @@ def tiny_sdxl() -> Any:
             tokenizer=tiny_tokenizer(),
             text_encoder_2=tiny_text_encoder_with_projection(seed=3),
             tokenizer_2=tiny_tokenizer(),
-            unet=unet,
+            unet=tiny_sdxl_unet(),
             scheduler=EulerDiscreteScheduler(**_beta_config()),
             add_watermarker=False,
         )

@@ -1,7 +1,8 @@
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionInstructPix2PixPipeline
 
-from benchmarks.first_blocks.models import device, picture, small
+from benchmarks.first_blocks.inputs import picture
+from benchmarks.first_blocks.models import device, small
 
 pipe = small(StableDiffusionInstructPix2PixPipeline, torch_dtype=torch.float16)
 pipe.to(device)

@@ -1,7 +1,8 @@
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
 
-from benchmarks.first_blocks.models import device, picture, small
+from benchmarks.first_blocks.inputs import picture
+from benchmarks.first_blocks.models import device, small
 
 pipe = small(StableDiffusionXLImg2ImgPipeline, torch_dtype=torch.float16)
 pipe = pipe.to(device)

@@ -1,7 +1,8 @@
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, UniPCMultistepScheduler
 
-from benchmarks.first_blocks.models import device, picture, small
+from benchmarks.first_blocks.inputs import picture
+from benchmarks.first_blocks.models import device, small
 
 controlnet = small(ControlNetModel, torch_dtype=torch.float16)
 pipe = small(StableDiffusionControlNetPipeline, controlnet=controlnet, torch_dtype=torch.float16)

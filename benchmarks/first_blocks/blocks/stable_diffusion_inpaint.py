@@ -1,7 +1,8 @@
 import torch
 from diffusers import StableDiffusionInpaintPipeline
 
-from benchmarks.first_blocks.models import device, mask, picture, small
+from benchmarks.first_blocks.inputs import mask, picture
+from benchmarks.first_blocks.models import device, small
 
 pipe = small(StableDiffusionInpaintPipeline, torch_dtype=torch.float16)
 pipe = pipe.to(device)

@@ -2,7 +2,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPVisionModelWithProjection
 
-from benchmarks.first_blocks.models import device, ip_adapter_weights, picture, small
+from benchmarks.first_blocks.inputs import ip_adapter_weights, picture
+from benchmarks.first_blocks.models import device, small
 
 image_encoder = small(CLIPVisionModelWithProjection, torch_dtype=torch.float16)
 pipe = small(StableDiffusionPipeline, image_encoder=image_encoder, torch_dtype=torch.float16).to(device)

@@ -1,7 +1,8 @@
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
-from benchmarks.first_blocks.models import device, lora_weights, small
+from benchmarks.first_blocks.inputs import lora_weights
+from benchmarks.first_blocks.models import device, small
 
 pipe = small(StableDiffusionPipeline, torch_dtype=torch.float16).to(device)
 pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)

@@ -1,7 +1,8 @@
 import torch
 from diffusers import StableVideoDiffusionPipeline
 
-from benchmarks.first_blocks.models import device, picture, small
+from benchmarks.first_blocks.inputs import picture
+from benchmarks.first_blocks.models import device, small
 
 pipe = small(StableVideoDiffusionPipeline, torch_dtype=torch.float16)
 pipe.enable_model_cpu_offload(device=device)

@@ -1,7 +1,8 @@
 import torch
 from diffusers import StableDiffusionAdapterPipeline, T2IAdapter
 
-from benchmarks.first_blocks.models import device, picture, small
+from benchmarks.first_blocks.inputs import picture
+from benchmarks.first_blocks.models import device, small
 
 adapter = small(T2IAdapter, torch_dtype=torch.float16)
 pipe = small(StableDiffusionAdapterPipeline, adapter=adapter, torch_dtype=torch.float16)
