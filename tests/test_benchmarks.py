@@ -92,7 +92,8 @@ def test_torchdiffeq_solves_the_same_equation_and_its_gradient_converges(problem
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     out = tmp_path_factory.mktemp("bench") / "small.json"
     arguments = ["--small", "--out", str(out), "--repeats", "2", "--steps", "2", "3", "--wants", "all"]
-    arguments += ["--flat-to", "6", "--methods", "exact-1/2", "checkpoint", "torchdiffeq"]  # and what they need
+    # With what these need: plain, and both ends of the ladder.
+    arguments += ["--flat-to", "6", "--methods", "exact-1/2", "checkpoint", "torchdiffeq"]
     main(arguments)
     return out, arguments
 
