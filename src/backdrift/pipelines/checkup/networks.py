@@ -108,6 +108,11 @@ def compiled(module: nn.Module) -> bool:
     )
 
 
+def in_parallel(module: nn.Module) -> bool:
+    """Whether the network is called through ``DistributedDataParallel``."""
+    return isinstance(getattr(module, "_orig_mod", module), nn.parallel.DistributedDataParallel)
+
+
 def quantised(module: nn.Module) -> str:
     """Weights whose numbers autograd cannot give a gradient to."""
     kinds = Counter(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from ...weights import adapter_layers
 from ..endings import ending_of
 from ..refusals import image_processors, plain_class
-from ..shadow import networks, trained_parameters, unwrapped
+from ..shadow import networks, trained_parameters
 from . import networks as look
 from .rows import Row
 from .verdicts import modules, network_refusals, refusal, split_refusal
@@ -31,24 +31,45 @@ def setup_rows(pipe: Any) -> Iterator[Row]:
         yield Row("refused", TOPIC, title, *split_refusal(message))
     yield from _outputs(pipe, absent)
     yield from _decoder(pipe, absent)
-    for name, rows in (
-        ("offloading", _offloading(pipe, refused)),
-        ("caches over the steps", _caches(pipe, refused)),
-        ("functions in place of a forward", _forwards(pipe, refused)),
-        ("torch.compile", _compiled(pipe)),
-        ("quantised weights", _quantised(pipe)),
-        ("attention processors", _processors(pipe, refused)),
-        ("gradient checkpointing", _checkpointing(pipe)),
-        ("adapters", _adapters(pipe)),
-        ("DistributedDataParallel", _wrappers(pipe, refused)),
-        ("autocast or inference mode", _ambient()),
-    ):
+    for name, rows in _parts(pipe, refused):
         found = list(rows)
         yield from found
         if not found:
             absent.append(name)
     if absent:
         yield Row("ok", TOPIC, "not set up", ", ".join(absent))
+
+
+def _parts(pipe: Any, refused: set[str]) -> Iterator[tuple[str, Iterator[Row]]]:
+    """What may have been set up on networks, by name, and its rows."""
+    every, bare = modules(pipe), networks(pipe)  # with their wrappers, and without
+    yield "offloading", _handled(
+        every, look.offloading, "offloading",
+        "{}: a run keeps one phase's networks on the device at a time, forward and backward", unless=refused,
+    )  # fmt: skip
+    yield "caches over the steps", _handled(
+        bare, look.caches, "hooks",
+        "{}: a redone call finds the state that the first one found; gradients pass skipped steps", unless=refused,
+    )  # fmt: skip
+    yield "functions in place of a forward", _handled(
+        bare, look.own_forwards, "own forward",
+        "a function stands in place of forward in {}; it only calls layers, and is followed", unless=refused,
+    )  # fmt: skip
+    uncompiled = "a run calls the network itself, uncompiled"
+    yield "torch.compile", _handled(every, look.compiled, "torch.compile", uncompiled)
+    yield "quantised weights", _handled(
+        bare, look.quantised, "quantised", "{}: frozen, gradients pass through to everything else",
+        "train an adapter beside them: train='lora'",
+    )  # fmt: skip
+    yield "attention processors", _processors(pipe, refused)
+    yield "gradient checkpointing", _checkpointing(pipe)
+    yield "adapters", _adapters(pipe)
+    yield "DistributedDataParallel", _handled(
+        every, look.in_parallel, "parallel",
+        "in DistributedDataParallel: gradients are averaged once, when all calls' parts have been added up",
+        unless=refused,
+    )  # fmt: skip
+    yield "autocast or inference mode", _ambient()
 
 
 def _outputs(pipe: Any, absent: list[str]) -> Iterator[Row]:
@@ -103,44 +124,18 @@ def _decoder(pipe: Any, absent: list[str]) -> Iterator[Row]:
 
 
 def _handled(
-    parts: dict[str, Any], look_for: Callable[[Any], str], refused: set[str], title: str, told: str
+    parts: Mapping[str, Any],
+    look_for: Callable[[Any], object],
+    title: str,
+    told: str,
+    advice: str = "",
+    unless: Collection[str] = (),
 ) -> Iterator[Row]:
     """A row for each network in which something is found that a run takes care of; ``told`` says how."""
     for key, module in parts.items():
         found = look_for(module)
-        if found and key not in refused:
-            yield Row("handled", TOPIC, f"{key}: {title}", told.format(found))
-
-
-def _offloading(pipe: Any, refused: set[str]) -> Iterator[Row]:
-    told = "{}: a run keeps one phase's networks on the device at a time, forward and backward"
-    return _handled(modules(pipe), look.offloading, refused, "offloading", told)
-
-
-def _caches(pipe: Any, refused: set[str]) -> Iterator[Row]:
-    told = "{}: a redone call finds the state that the first one found; gradients pass skipped steps"
-    return _handled(dict(networks(pipe)), look.caches, refused, "hooks", told)
-
-
-def _forwards(pipe: Any, refused: set[str]) -> Iterator[Row]:
-    told = "a function stands in place of forward in {}; it only calls layers, and is followed"
-    return _handled(dict(networks(pipe)), look.own_forwards, refused, "own forward", told)
-
-
-def _compiled(pipe: Any) -> Iterator[Row]:
-    for key, module in modules(pipe).items():
-        if look.compiled(module):
-            yield Row("handled", TOPIC, f"{key}: torch.compile", "a run calls the network itself, uncompiled")
-
-
-def _quantised(pipe: Any) -> Iterator[Row]:
-    for key, module in networks(pipe).items():
-        found = look.quantised(module)
-        if found:
-            yield Row(
-                "handled", TOPIC, f"{key}: quantised", f"{found}: frozen, gradients pass through to everything else",
-                "train an adapter beside them: train='lora'",
-            )  # fmt: skip
+        if found and key not in unless:
+            yield Row("handled", TOPIC, f"{key}: {title}", told.format(found), advice)
 
 
 def _processors(pipe: Any, refused: set[str]) -> Iterator[Row]:
@@ -196,17 +191,6 @@ def _adapters(pipe: Any) -> Iterator[Row]:
         yield Row("warning", TOPIC, "adapters", f"{found}; {message}")
     else:
         yield Row("ok", TOPIC, "adapters", f"{found}; train='lora' gives the active ones gradients")
-
-
-def _wrappers(pipe: Any, refused: set[str]) -> Iterator[Row]:
-    for key, module in modules(pipe).items():
-        inner = unwrapped(module)
-        wrapped = isinstance(getattr(module, "_orig_mod", module), nn.parallel.DistributedDataParallel)
-        if wrapped and inner is not module and key not in refused:
-            yield Row(
-                "handled", TOPIC, f"{key}: parallel",
-                "in DistributedDataParallel: gradients are averaged once, when all calls' parts have been added up",
-            )  # fmt: skip
 
 
 def _ambient() -> Iterator[Row]:
