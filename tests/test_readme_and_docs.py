@@ -23,6 +23,7 @@ from problems import SCHEDULES, GaussianNetwork, condition, start_state
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+STEPS = 10  # of sampling, at most, whatever a page says: as many as its guidance needs
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 
 
@@ -40,12 +41,13 @@ def run(page: Path, given: dict[str, Any]) -> dict[str, Any]:
     """Run a page's Python blocks one after the other in one namespace, and return it.
 
     A block with relative imports is a file of the package; the folder it belongs into is the one named last
-    before it.
+    before it. Pipelines sample in :data:`STEPS` steps where the page has more.
     """
     space: dict[str, Any] = {"__name__": "docs", **given}
     for before, code in blocks(page, "python"):
         folders = re.findall(r"src/backdrift/(\w+)/", before)
         space["__package__"] = f"backdrift.{folders[-1]}" if folders else None
+        code = re.sub(r"(num_inference_steps)=(\d+)", lambda m: f"{m[1]}={min(STEPS, int(m[2]))}", code)
         exec(compile(code, f"{page.name}:{before.count(chr(10)) + 2}", "exec"), space)
     return space
 
@@ -72,7 +74,7 @@ def test_the_readme_runs_on_the_built_in_pipeline(short: None) -> None:
     theirs, noise.grad = noise.grad, None
     unet.forward = space["forward"]
     with bd.differentiable(pipe, memory="min", clamp=True):
-        pipe("a red seven", latents=noise, num_inference_steps=31).images.square().mean().backward()
+        pipe("a red seven", latents=noise, num_inference_steps=STEPS).images.square().mean().backward()
     assert theirs.abs().max() > 0
     assert torch.equal(noise.grad, theirs)
 
