@@ -124,6 +124,7 @@ class Host(ABC):
         prompts: one per sample, where they are known.
         calls: network calls made for this step so far, by the sampler itself or by the methods below.
         levels: start and end of every step of the run, where they are known, in x's own coordinates.
+        ranged: :meth:`decode` gives pictures on the scale of [0, 1] for sure, whatever they show.
     """
 
     index: int
@@ -134,6 +135,7 @@ class Host(ABC):
     prompts: list[str] | None = None
     calls: int = 0
     levels: Sequence[tuple[Level, Level]] | None = None
+    ranged: bool = False
 
     @abstractmethod
     def evaluate(self, x: Tensor) -> Evaluation:

@@ -1,11 +1,12 @@
 """Guided sampling: Symplectic Adjoint Guidance, and the rules it generalises."""
 
+from .adaptive import Adaptive
 from .attempt import Attempt, Rule
 from .base import Guidance
 from .guide import Guided, guide
 from .presets import DPS, LGD, MPGD, TFG, FreeDoM, UniversalGuidance
 from .strengths import Constant, Relative
-from .symplectic import Adaptive, SymplecticAdjointGuidance
+from .symplectic import SymplecticAdjointGuidance
 from .trace import Entry, GuidanceTrace
 
 __all__ = [

@@ -6,51 +6,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from ..errors import InputError, NonFiniteError
+from ..errors import NonFiniteError
 from ..host import Evaluation, Host
-from ..losses import Loss
-from .estimate import Estimate, Estimator, Score
+from .estimate import Estimate, Estimator
+from .scoring import Score, Scoring
 from .strengths import rms
 from .trace import Entry
-
-
-class Scoring(NamedTuple):
-    """How clean samples are scored.
-
-    Attributes:
-        loss: pictures and prompts -> (B,).
-        maximize: whether it is to rise.
-        decode: clean samples -> pictures, in place of the host's own.
-        preview: the longest side of the pictures kept for the trace; 0 for none.
-        prompts: for the loss, one per sample or one for all, where the host knows none.
-    """
-
-    loss: Loss
-    maximize: bool = False
-    decode: Callable[[Tensor], Tensor] | None = None
-    preview: int = 0
-    prompts: list[str] | None = None
-
-    def values(self, pictures: Tensor, prompts: list[str] | None) -> Tensor:
-        """The loss (B,) of pictures (B, 3, H, W), or of videos (B, F, 3, H, W) as the mean over their frames.
-
-        Args:
-            prompts: the host's.
-        """
-        prompts = prompts or self.prompts
-        count = len(pictures)
-        if prompts is not None:  # a rehearsal has fewer pictures, or more
-            prompts = prompts[:count] if len(prompts) > 1 else prompts * count
-        if pictures.ndim != 5:
-            return self.loss(pictures, prompts)
-        frames = pictures.shape[1]
-        each = None if prompts is None else [p for p in prompts for _ in range(frames)]
-        return self.loss(pictures.flatten(0, 1), each).view(count, frames).mean(1)
 
 
 @dataclass
@@ -84,30 +48,23 @@ class Attempt:
     def score(self, x0: Tensor) -> Score:
         """The loss of clean samples (B, …) and its gradient by them, each sample's own; one decoding."""
         self.entry.decodes += 1
-        with torch.enable_grad():
-            leaf = x0.detach().requires_grad_()
-            pictures = (self.scoring.decode or self.host.decode)(leaf)
-            values = self.scoring.values(pictures, self.host.prompts)
-            if not values.requires_grad:
-                raise InputError(
-                    f"the loss {self.scoring.loss.spec!r} does not depend on the picture in a way that gradients can "
-                    "follow: it detaches, rounds, or runs under no_grad"
-                )
-            (pull,) = torch.autograd.grad(values.sum(), leaf)
-        self._pictures = pictures.detach()
-        values = values.detach()
-        for quantity, value in (("the loss", values), ("the loss's gradient", pull)):
-            if not bool(value.isfinite().all()):
-                raise NonFiniteError(
-                    f"{quantity} of {self.scoring.loss.spec!r} is NaN or infinite in step {self.host.index + 1} of "
-                    f"{self.host.total}, attempt {self.entry.attempt + 1}"
-                )
-        return Score(values, -pull if self.scoring.maximize else pull)
+        host = self.host
+        found = self.scoring.score(x0, host.decode, host.prompts, ranged=host.ranged)
+        self._pictures = found.pictures
+        self._check_finite("the loss", found.values)
+        self._check_finite("the loss's gradient", found.pull)
+        return found
 
     def estimate(self, x: Tensor | None = None, n: int = 1) -> Estimate:
         """The n-step estimate from ``x`` (the attempt's state), the loss there, and its pull on ``x``."""
+        return self.pulled(n, self.score, x)
+
+    def pulled(self, n: int, score: Callable[[Tensor], Score], x: Tensor | None = None) -> Estimate:
+        """The same, scored by ``score``."""
         evaluation = self.evaluation if x is None else self.look(x)
-        return self.estimator.pulled(self.host, evaluation, n, self.score, self.entry.calls)
+        found = self.estimator.pulled(self.host, evaluation, n, score, self.entry.calls)
+        self._check_finite("the loss's gradient through the network", found.pull)
+        return found
 
     def clean(self, n: int) -> Tensor:
         """The n-step estimate alone, without a loss."""
@@ -140,9 +97,9 @@ class Attempt:
         loss: Tensor,
         strength: Tensor | None = None,
         pull: Tensor | None = None,
-        n: int | None = None,
+        n: int | list[int] | None = None,
     ) -> None:
-        """For the trace: the loss (B,), strengths, the pull (B, …), steps of the estimate."""
+        """For the trace: the loss (B,), strengths, the pull (B, …), steps of the estimate, each sample's or all's."""
         entry = self.entry
         entry.loss = _numbers(loss)
         entry.strength = [] if strength is None else _numbers(strength)
@@ -151,6 +108,18 @@ class Attempt:
         if self.scoring.preview and self._pictures is not None:
             seen = self._pictures
             entry.see(seen[:, seen.shape[1] // 2] if seen.ndim == 5 else seen, self.scoring.preview)
+
+    def _check_finite(self, what: str, values: Tensor) -> None:
+        sound = values.reshape(len(values), -1).isfinite().all(1).tolist()
+        bad = [i for i, fine in enumerate(sound) if not fine]
+        if bad:
+            which = (
+                f" of sample {', '.join(map(str, bad))} (of {len(values)}, from 0)" if len(values) > 1 else ""
+            )
+            raise NonFiniteError(
+                f"{what}{which} is NaN or infinite in step {self.host.index + 1} of {self.host.total}, attempt "
+                f"{self.entry.attempt + 1}; the loss is {self.scoring.loss.spec!r}"
+            )
 
 
 Rule = Callable[[Attempt], Tensor]

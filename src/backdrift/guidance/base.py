@@ -14,12 +14,13 @@ from ..errors import InputError
 from ..gradients import Job
 from ..host import Host
 from ..losses import resolve
-from .attempt import Attempt, Rule, Scoring, plain
+from .attempt import Attempt, Rule, plain
 from .estimate import Estimator
+from .scoring import Scoring
 from .streams import Streams
 from .trace import Entry, GuidanceTrace
 from .travel import renoised
-from .when import When
+from .when import Repeats, When
 
 if TYPE_CHECKING:
     from .listening import Listener
@@ -32,14 +33,18 @@ class Guidance:
 
     Args:
         rule: the state after a step, from an :class:`~backdrift.guidance.attempt.Attempt`. It may have ``begin()``,
-            called before each run, and ``check(guided, total)``, which raises where it cannot act on guided steps.
-        loss, start, stop, steps, repeats, maximize, seed, decode, callback, strip, prompts: as in
+            called before each run; ``check(guided, total)``, which raises where it cannot act on guided steps; and
+            ``fits(batch)``, which raises where it is for another number of samples.
+        loss, start, stop, steps, repeats, maximize, seed, decode, decode_chunk_size, callback, strip, prompts: as in
             :class:`~backdrift.SymplecticAdjointGuidance`.
         estimator: how clean samples are estimated; in one Euler step, exactly differentiated, unless told otherwise.
 
     Attributes:
         trace: what was done in the last run.
     """
+
+    #: What diffusers' ``MultiPipelineCallbacks`` asks its callbacks for.
+    tensor_inputs = ("latents",)
 
     def __init__(
         self,
@@ -50,23 +55,30 @@ class Guidance:
         start: float = 0.3,
         stop: float = 0.7,
         steps: Sequence[int] | Sequence[bool] | None = None,
-        repeats: int | Sequence[int] = 1,
+        repeats: Repeats = 1,
         maximize: bool = False,
         seed: int | Sequence[int] = 0,
         decode: Callable[[Tensor], Tensor] | None = None,
+        decode_chunk_size: int | None = None,
         callback: Callable[[Entry], Any] | None = None,
         strip: bool | int = False,
-        prompts: Sequence[str] | None = None,
+        prompts: str | Sequence[str] | None = None,
     ) -> None:
         self.rule, self.loss = rule, resolve(loss)
         self.when = When.of(start, stop, steps, repeats)
         self.estimator = estimator or Estimator()
+        if not isinstance(maximize, bool):
+            raise InputError(f"maximize is True or False; got {maximize!r}")
         for name, value in (("decode", decode), ("callback", callback)):
             if value is not None and not callable(value):
                 raise InputError(f"{name} must be callable; got {type(value).__name__}")
-        preview = (128 if strip else 0) if isinstance(strip, bool) else int(strip)
         self.scoring = Scoring(
-            self.loss, maximize, decode, preview, None if prompts is None else list(prompts)
+            self.loss,
+            maximize,
+            decode,
+            _size("strip", {True: 128, False: 0}[strip] if isinstance(strip, bool) else strip, 0),
+            _texts(prompts),
+            None if decode_chunk_size is None else _size("decode_chunk_size", decode_chunk_size, 1),
         )
         self.seed, self.callback = seed, callback
         self.trace = GuidanceTrace()
@@ -78,26 +90,33 @@ class Guidance:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.loss.spec!r}, {self.rule!r}, {self.when!r})"
 
-    def check(self, total: int) -> None:
-        """Raise what can be known of a run of ``total`` steps before it begins.
+    def check(self, total: int, batch: int | None = None) -> None:
+        """Raise what can be known of a run of ``total`` steps on ``batch`` samples before it begins.
 
         Raises:
-            InputError: a guided step is out of range, or the estimate asks for more steps than are left.
+            InputError: a guided step is out of range, the estimate asks for more steps than are left, or there are not
+                as many seeds, prompts or strengths as samples.
         """
         guided = self.when.guided(total)
         self.when.attempts(total)
         check = getattr(self.rule, "check", None)
         if check is not None:
             check(guided, total)
+        if batch is None:
+            return
+        Streams(self.seed).check(batch)
+        self.scoring.check(batch)
+        fits = getattr(self.rule, "fits", None)
+        if fits is not None:
+            fits(batch)
 
     def begin(self, total: int, batch: int) -> None:
         """A run of ``total`` steps on ``batch`` samples begins: a new trace, the noise from its start.
 
         Raises:
-            InputError: as :meth:`check`, or there are not as many seeds as samples.
+            InputError: as :meth:`check`.
         """
-        self.check(total)
-        Streams(self.seed).check(batch)
+        self.check(total, batch)
         self._guided, self._attempts = frozenset(self.when.guided(total)), self.when.attempts(total)
         self._streams = Streams(self.seed)
         self.trace = GuidanceTrace(total)
@@ -106,23 +125,16 @@ class Guidance:
             begin()
 
     def rehearse(self, x0: Tensor, decode: Callable[[Tensor], Tensor], prompts: list[str] | None) -> None:
-        """Score a clean sample or two, to find out before sampling whether the loss can be used: one decoding.
+        """Find out before sampling whether the loss can be used: one decoding.
 
         Args:
-            x0: any sample of the right shape, (B, …).
+            x0: any samples of the run's shape, (B, …), of about unit variance.
             decode: the host's.
 
         Raises:
             InputError: the loss has the wrong shape, or does not depend on the picture.
         """
-        with torch.enable_grad():
-            leaf = x0[:2].detach().requires_grad_()  # of one alone a mean over the batch would go unseen
-            values = self.scoring.values((self.scoring.decode or decode)(leaf), prompts)
-        if not values.requires_grad:
-            raise InputError(
-                f"the loss {self.loss.spec!r} does not depend on the picture in a way that gradients can follow: it "
-                "detaches, rounds, or runs under no_grad"
-            )
+        self.scoring.rehearse(x0, decode, prompts)
 
     def __call__(
         self, pipe: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]
@@ -183,3 +195,28 @@ class Guidance:
         if self.callback is not None:
             self.callback(entry)
         return following
+
+
+def _size(name: str, value: Any, least: int) -> int:
+    """A whole number.
+
+    Raises:
+        InputError: it is none, or too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name} must be a whole number >= {least}; got {value!r}")
+    return value
+
+
+def _texts(prompts: str | Sequence[str] | None) -> list[str] | None:
+    """Prompts as a list.
+
+    Raises:
+        InputError: they are no texts.
+    """
+    if prompts is None:
+        return None
+    found = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(found, list | tuple) or not found or not all(isinstance(p, str) for p in found):
+        raise InputError(f"prompts are a text, or one for each sample; got {prompts!r}")
+    return list(found)

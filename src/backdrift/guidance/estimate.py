@@ -24,19 +24,8 @@ from ..host import Evaluation, Host
 from ..sampling import Solution, sample
 from ..scalars import Scalar
 from ..solvers import AdaptiveDormandPrince, Euler, ReversibleSolver, Solver, StochasticSolver
+from .scoring import Score, scaled
 from .subgrids import Subgrid, check_subgrid, subgrid
-
-
-class Score(NamedTuple):
-    """A loss at clean samples.
-
-    Attributes:
-        values: (B,), as the loss gives them.
-        pull: what lowers the loss (raises it, where it is maximised) when subtracted: the gradient by the samples.
-    """
-
-    values: Tensor
-    pull: Tensor
 
 
 class Estimate(NamedTuple):
@@ -115,8 +104,10 @@ class Estimator:
         z = _widened(evaluation.z).requires_grad_()
         solution, scale = self._solve(host, evaluation, z, n, calls)
         found = score(solution.x0.detach())
+        large, factors = scaled(found.pull.to(solution.x0.dtype))  # half precision has no small numbers
         with torch.enable_grad():
-            (pull,) = torch.autograd.grad(solution.x0, z, found.pull.to(solution.x0.dtype))
+            (pull,) = torch.autograd.grad(solution.x0, z, large)
+        pull = pull / factors.view(-1, *[1] * (pull.ndim - 1))
         calls.redone += solution.stats.calls_redone
         calls.vjps += solution.stats.vjps
         unit = math.hypot(*host.start)

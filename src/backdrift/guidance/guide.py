@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, UnsupportedError
+from ..losses import resolve
 from ..pipelines.calls import PipelineCall
 from ..pipelines.capture import Capture, CapturedHost
 from ..pipelines.endings import ending_of
@@ -19,6 +20,7 @@ from ..pipelines.modular import is_modular
 from ..pipelines.outputs import SafetyBeside, first_tensor, to_pil
 from ..pipelines.refusals import plain_class
 from .base import Guidance, Losses
+from .measured import usual_strength
 from .symplectic import SymplecticAdjointGuidance
 from .trace import GuidanceTrace
 
@@ -67,7 +69,8 @@ def guide(
             FlowMatchEuler.
         prompt: one for each picture (or as many as the pipeline makes of it: ``num_images_per_prompt``).
         guidance: a rule with its loss, such as :class:`~backdrift.SymplecticAdjointGuidance`; or a loss, for that rule
-            with its defaults.
+            with its defaults (on a built-in pipeline with a strength that was measured there,
+            :mod:`~backdrift.guidance.measured`).
         num_inference_steps: the paper's 100.
         seed: of the pictures' noise: one number, from which picture i takes ``seed + i``, or one for each.
         latents: the noise itself, in the pipeline's own shape.
@@ -82,14 +85,15 @@ def guide(
         >>> style = bd.SymplecticAdjointGuidance("style:reference.png", n=4, repeats=2)
         >>> bd.guide(pipe, "a red seven", style, num_inference_steps=100).pil[0]
     """
-    guidance = guidance if isinstance(guidance, Guidance) else SymplecticAdjointGuidance(guidance)
-    _check(pipe, num_inference_steps, call)
+    _check(pipe, prompt, num_inference_steps, call)
+    if not isinstance(guidance, Guidance):
+        loss = resolve(guidance)
+        strength = usual_strength(pipe, loss, num_inference_steps, call)
+        guidance = SymplecticAdjointGuidance(loss, strength=strength)
     prompts = [prompt] if isinstance(prompt, str) else None if prompt is None else list(prompt)
     per_prompt = call.get("num_images_per_prompt") or 1
     each = None if prompts is None else [p for p in prompts for _ in range(per_prompt)]
     count = _count(each, latents, call)
-    if _starts_from_noise(call):
-        guidance.check(num_inference_steps)
     call |= {"num_inference_steps": num_inference_steps, "generator": _generators(seed, count)}
     if prompt is not None:
         call["prompt"] = prompts if len(prompts or []) > 1 else prompt
@@ -105,8 +109,12 @@ def guide(
             guidance.begin(host.total, len(host.x))
         return guidance.advance(host)
 
-    def rehearse(latents: Tensor, decode: Any) -> None:
-        guidance.rehearse(latents, decode, each)
+    def rehearse(latents: Tensor, decode: Any, total: int | None) -> None:
+        if total is None and _starts_from_noise(call):
+            total = num_inference_steps
+        if total is not None:
+            guidance.check(total, count)
+        guidance.rehearse(latents[:count], decode, each)  # guidance has the state twice
 
     with (
         torch.no_grad(),
@@ -133,7 +141,7 @@ def guide(
     return Guided(images.detach(), guidance.trace, flags, time.perf_counter() - begun, pipe)
 
 
-def _check(pipe: Any, num_inference_steps: Any, call: dict[str, Any]) -> None:
+def _check(pipe: Any, prompt: Any, num_inference_steps: Any, call: dict[str, Any]) -> None:
     if (
         isinstance(num_inference_steps, bool)
         or not isinstance(num_inference_steps, int)
@@ -156,14 +164,16 @@ def _check(pipe: Any, num_inference_steps: Any, call: dict[str, Any]) -> None:
     known = inspect.signature(cls.__call__).parameters
     # Ordinary pipelines have ** for names that are no longer used; what is misspelled would be lost there in silence.
     names = [k for k, p in known.items() if k != "self" and p.kind is not p.VAR_KEYWORD]
-    wrong = [] if is_modular(cls) else [name for name in call if name not in names]
+    asked = [*(["prompt"] if prompt is not None else []), *call]
+    wrong = [] if is_modular(cls) else [name for name in asked if name not in names]
     if wrong:
         raise InputError(f"{cls.__name__} takes no argument {wrong[0]!r}; it takes {', '.join(names)}")
 
 
 def _starts_from_noise(call: dict[str, Any]) -> bool:
-    """Whether the run has as many steps as were asked for (those that start from a picture have fewer)."""
-    return "strength" not in call and "image" not in call
+    """Whether the run has as many steps as were asked for: those that start from a picture have fewer, and a call may
+    have a list of times of its own."""
+    return all(call.get(name) is None for name in ("strength", "image", "timesteps", "sigmas"))
 
 
 def _count(prompts: list[str] | None, latents: Tensor | None, call: dict[str, Any]) -> int:

@@ -7,6 +7,7 @@ So the first step of a run is over before guidance can hear; :func:`listening` p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,8 +33,30 @@ class Listener:
 
     def __init__(self, guidance: Guidance, pipe: Any, done: int) -> None:
         self.guidance, self.pipe = guidance, pipe
-        self.capture = Capture(pipe, decode=guidance.scoring.decode, done=done)
         self.begun, self._unheard = False, done
+        self._told: Any = None
+        before = Capture.on(pipe)
+        if before is not None and isinstance(before.owner, Listener):
+            before.owner.give_way(at_once=done == 0)
+        self.capture = Capture(pipe, decode=guidance.scoring.decode, done=done)
+        self.capture.owner = self
+
+    def give_way(self, *, at_once: bool) -> None:
+        """Stop, if the run was broken off and another guidance's has begun.
+
+        Args:
+            at_once: no run of the pipeline is under way.
+
+        Raises:
+            InputError: it was not: two guidances listen to one run.
+        """
+        # A run that goes on has called back after the last step that was heard.
+        if not self.begun or not (at_once or self.capture.last is not self._told):
+            raise InputError(
+                f"another guidance listens to this {type(self.pipe).__name__}: one call is guided by one guidance, of "
+                "one loss or several, [(weight, loss), …]"
+            )
+        self.stop()
 
     def begin(self, latents: Tensor) -> None:
         """The first call back of a run.
@@ -65,6 +88,7 @@ class Listener:
             UnsupportedError: the pipeline has changed the state since its scheduler's step.
         """
         guidance, host = self.guidance, self.capture.last
+        self._told = host
         if host is None:
             if self._unheard == 0:
                 raise UnsupportedError(
@@ -73,7 +97,7 @@ class Listener:
                 )
             return latents
         if host.index == self._unheard:
-            guidance.rehearse(latents, host.decode, None)
+            guidance.rehearse(latents / math.hypot(*host.end), host.decode, None)
             guidance.trace.plain_calls += self._unheard * host.calls
         if not guidance.acts(host.index):
             guidance.trace.plain_calls += host.calls

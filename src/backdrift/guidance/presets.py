@@ -3,7 +3,8 @@
 Each is a rule of :mod:`backdrift.guidance.rules`.
 
 All take a loss first and end in the arguments of :class:`~backdrift.SymplecticAdjointGuidance`, and are used in the
-same three ways. docs/guidance-rules.md compares them and says what each costs.
+same three ways. Where a number multiplies a gradient, a :class:`~backdrift.guidance.Relative` may stand in its place,
+which serves every loss. docs/guidance-rules.md compares the rules and says what each costs.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ from .estimate import Estimator
 from .rules import DPSRule, LGDRule, MPGDRule, TFGRule, UniversalRule
 from .rules.mpgd import Eps
 from .rules.tfg import Growth
-from .strengths import Strength, strength_of
+from .strengths import Strength, Value, strength_of
 from .symplectic import Pull
+from .when import Repeats, published
+
+#: FreeDoM's repeats for styles, by parts of the run: three times for t = 70 to 41 of 100, then once.
+FREEDOM = ((0.3, 3), (0.6, 1))
 
 
 class Common(TypedDict, total=False):
@@ -29,9 +34,10 @@ class Common(TypedDict, total=False):
     maximize: bool
     seed: int | Sequence[int]
     decode: Callable[[Tensor], Tensor] | None
+    decode_chunk_size: int | None
     callback: Callable[[Any], Any] | None
     strip: bool | int
-    prompts: Sequence[str] | None
+    prompts: str | Sequence[str] | None
     estimator: Estimator | None
 
 
@@ -42,13 +48,15 @@ class FreeDoM(Guidance):
     to t by fresh noise and again. It is :class:`~backdrift.SymplecticAdjointGuidance` with n = 1.
 
     Its Stable Diffusion code has 100 steps of DDPM's posterior (a stochastic sampler: DDIM with eta = 1), guides
-    those from 70 to 31 counted down, and takes the first 30 of them three times:
-    ``repeats=[1] * 30 + [3] * 30 + [1] * 40``. A single number repeats all guided steps.
+    those from 70 to 31 counted down, and takes the first 30 of them three times: ``repeats="published"``. A single
+    number repeats all guided steps.
 
     Args:
         loss: as in SymplecticAdjointGuidance; the authors' is the Frobenius norm between Gram matrices of CLIP
             features.
         strength: w of rho_t = w * s * RMS(eps_c - eps_0)/RMS(grad), s the guidance scale; or a strength.
+        repeats: attempts at each guided step; a number for each step of the run; pairs (part of the run, attempts from
+            there on); or ``"published"`` for ``((0.3, 3), (0.6, 1))``.
 
     Raises:
         InputError: an argument has an impossible value.
@@ -57,16 +65,16 @@ class FreeDoM(Guidance):
     def __init__(
         self,
         loss: Losses,
-        strength: float | Strength = 0.2,
+        strength: Value | Strength = 0.2,
         start: float = 0.3,
         stop: float = 0.7,
         *,
-        repeats: int | Sequence[int] = 3,
+        repeats: Repeats | Literal["published"] = 3,
         **common: Unpack[Common],
     ) -> None:
-        super().__init__(
-            Pull(1, strength_of(strength)), loss, start=start, stop=stop, repeats=repeats, **common
-        )
+        rule = Pull(1, strength_of(strength))
+        repeats = published(repeats, FREEDOM)
+        super().__init__(rule, loss, start=start, stop=stop, repeats=repeats, **common)
 
 
 class DPS(Guidance):
@@ -76,7 +84,8 @@ class DPS(Guidance):
 
     Args:
         loss: never negative, 0 at its best: a squared distance.
-        zeta: the paper's 0.1 to 1; its code's ``scale`` is twice that.
+        zeta: the paper's 0.1 to 1; its code's ``scale`` is twice that. A strength takes the place of zeta / sqrt(loss),
+            for any loss; with ``Relative(0.2)`` it is FreeDoM, of all steps.
 
     Raises:
         InputError: an argument has an impossible value.
@@ -87,11 +96,11 @@ class DPS(Guidance):
     def __init__(
         self,
         loss: Losses,
-        zeta: float = 1.0,
+        zeta: float | Strength = 1.0,
         start: float = 0.0,
         stop: float = 1.0,
         *,
-        repeats: int | Sequence[int] = 1,
+        repeats: Repeats = 1,
         **common: Unpack[Common],
     ) -> None:
         super().__init__(DPSRule(zeta), loss, start=start, stop=stop, repeats=repeats, **common)
@@ -121,7 +130,7 @@ class LGD(Guidance):
         start: float = 0.0,
         stop: float = 1.0,
         *,
-        repeats: int | Sequence[int] = 1,
+        repeats: Repeats = 1,
         **common: Unpack[Common],
     ) -> None:
         rule = LGDRule(strength, samples, spread)
@@ -136,9 +145,10 @@ class UniversalGuidance(Guidance):
 
     Args:
         loss: as in SymplecticAdjointGuidance.
-        weight: s of the forward rule, s_t = s sigma; 0 leaves it out.
+        weight: s of the forward rule, s_t = s sigma; 0 leaves it out. ``Relative(w)`` changes eps by w times what
+            classifier-free guidance adds to it, whatever the loss and the number of steps.
         backward: steps of gradient descent on x0 of the backward rule; 0 leaves it out.
-        rate: of that descent.
+        rate: of that descent; or a strength.
         repeats: k, the self-recurrence.
 
     Raises:
@@ -150,13 +160,13 @@ class UniversalGuidance(Guidance):
     def __init__(
         self,
         loss: Losses,
-        weight: float = 6.0,
+        weight: float | Strength = 6.0,
         backward: int = 0,
-        rate: float = 0.01,
+        rate: float | Strength = 0.01,
         start: float = 0.0,
         stop: float = 1.0,
         *,
-        repeats: int | Sequence[int] = 6,
+        repeats: Repeats = 6,
         **common: Unpack[Common],
     ) -> None:
         rule = UniversalRule(weight, backward, rate)
@@ -184,12 +194,12 @@ class MPGD(Guidance):
     def __init__(
         self,
         loss: Losses,
-        strength: float | Strength = 0.3,
+        strength: Value | Strength = 0.3,
         eps: Eps = "kept",
         start: float = 0.3,
         stop: float = 0.7,
         *,
-        repeats: int | Sequence[int] = 1,
+        repeats: Repeats = 1,
         **common: Unpack[Common],
     ) -> None:
         rule = MPGDRule(strength, eps)
@@ -204,7 +214,9 @@ class TFG(Guidance):
 
     Args:
         loss: -log of what is wanted; the strengths depend on its scale.
-        rho, mu: strengths of the gradients at x_t and at x0; 0 leaves one out.
+        rho, mu: strengths of the gradients at x_t and at x0; 0 leaves one out. With ``Relative(w)`` they do not depend
+            on the loss's scale: the state, and x0 in each iteration, move by w times what classifier-free guidance adds
+            to eps, times the schedule.
         gamma: spread of the implicit dynamics.
         iterations: steps of the gradient at x0.
         samples: draws of the implicit dynamics.
@@ -221,8 +233,8 @@ class TFG(Guidance):
     def __init__(
         self,
         loss: Losses,
-        rho: float = 0.25,
-        mu: float = 2.0,
+        rho: float | Strength = 0.25,
+        mu: float | Strength = 2.0,
         gamma: float = 0.1,
         iterations: int = 4,
         samples: int = 1,
@@ -232,7 +244,7 @@ class TFG(Guidance):
         rho_schedule: Growth = "increase",
         mu_schedule: Growth = "increase",
         gamma_schedule: Literal["decrease", "constant"] = "decrease",
-        repeats: int | Sequence[int] = 1,
+        repeats: Repeats = 1,
         **common: Unpack[Common],
     ) -> None:
         rule = TFGRule(rho, mu, gamma, iterations, samples, rho_schedule, mu_schedule, gamma_schedule)

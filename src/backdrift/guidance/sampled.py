@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -173,7 +174,7 @@ def states(job: Job, guidance: Guidance) -> Iterator[Tensor]:
     guidance.begin(len(job.plan.intervals), len(job.x))
     run, x = _Run(job), job.x
     host = SampledStep(run, 0, x)
-    guidance.rehearse(x, host.decode, None)
+    guidance.rehearse(x / math.hypot(*host.start), host.decode, None)
     for index in range(host.total):
         with torch.no_grad():
             host = SampledStep(run, index, x)

@@ -19,7 +19,7 @@ class Streams:
     """
 
     def __init__(self, seed: int | Sequence[int]) -> None:
-        numbers = [seed] if isinstance(seed, int) else list(seed)
+        numbers = [seed] if isinstance(seed, int) else list(seed) if isinstance(seed, Sequence) else []
         if not numbers or any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in numbers):
             raise InputError(f"seed is a whole number >= 0, or one for each sample; got {seed!r}")
         self.seed = seed

@@ -14,60 +14,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from ..errors import InputError
 from ..gradients import GradientMethod, SymplecticAdjoint
 from ..solvers import Euler, Solver
+from .adaptive import Adaptive
 from .attempt import Attempt
 from .backward import displaced
 from .base import Guidance, Losses
 from .estimate import Estimator
-from .strengths import Strength, rms, strength_of
+from .strengths import Strength, Value, strength_of
 from .subgrids import check_subgrid
+from .when import Repeats, published
 
 Steps = int | Sequence[int] | str
 
-
-@dataclass
-class Adaptive:
-    """As many steps as the estimate needs: n for which n and n + 1 steps agree.
-
-    Euler's error falls like 1/n, so estimates with n and n + 1 steps differ by about C/(n (n + 1)). C is measured at
-    each guided step, by a second estimate without a gradient (n network calls more, its first being known), and the
-    next step takes the least n with C/(n (n + 1)) <= tolerance. C falls with the noise: n is large early, 1 at the end.
-
-    Args:
-        tolerance: root mean square of the difference, relative to the estimate's; every sample's must be below.
-        most: no more steps than that; where C is not known yet, the first guided step takes as many.
-    """
-
-    tolerance: float = 0.1
-    most: int = 8
-
-    def __post_init__(self) -> None:
-        if not (self.tolerance > 0 and math.isfinite(self.tolerance)) or self.most < 1:
-            raise InputError(f"{self}: needs tolerance > 0 and most >= 1")
-        self._next = self.most
-
-    def begin(self) -> None:
-        """A new run."""
-        self._next = self.most
-
-    def choose(self, left: int) -> int:
-        """Steps of the estimate, with ``left`` steps of the run to go."""
-        return max(1, min(self._next, self.most, left))
-
-    def learn(self, n: int, coarse: Tensor, fine: Tensor) -> float:
-        """From the estimates with n and n + 1 steps: their relative difference."""
-        apart = float((rms(coarse - fine) / rms(fine).clamp_min(torch.finfo(fine.dtype).tiny)).max())
-        constant = apart * n * (n + 1)
-        # least n with n (n + 1) >= C / tolerance
-        self._next = max(1, math.ceil((math.sqrt(1 + 4 * constant / self.tolerance) - 1) / 2 - 1e-9))
-        return apart
+#: The paper's repeats for styles, by parts of the run: once for t = 70 to 61 of 100, then twice (appendix B.1).
+PUBLISHED = ((0.3, 1), (0.4, 2))
 
 
 @dataclass(frozen=True)
@@ -75,7 +41,8 @@ class Pull:
     """The rule: the sampler's step, and the estimate's pull on what follows.
 
     Args:
-        n: steps of the estimate: a number, one for each step of the run, or :class:`Adaptive`.
+        n: steps of the estimate: a number, one for each step of the run, or
+            :class:`~backdrift.guidance.Adaptive`.
         strength: eta.
         backward: steps of gradient descent on the one-step estimate before the sampler's step
             (:mod:`~backdrift.guidance.backward`).
@@ -98,6 +65,10 @@ class Pull:
         if isinstance(self.n, Adaptive):
             self.n.begin()
 
+    def fits(self, batch: int) -> None:
+        """Raise unless the strengths are for that many samples."""
+        self.strength.check(batch)
+
     def check(self, guided: Sequence[int], total: int) -> None:
         """Raise if the estimate asks for more steps than are left.
 
@@ -117,16 +88,13 @@ class Pull:
                 )
 
     def __call__(self, attempt: Attempt) -> Tensor:
-        host = attempt.host
         if isinstance(self.n, Adaptive):
-            n = self.n.choose(host.total - host.index)
+            estimate, n = self.n.estimated(attempt)
         else:
-            n = self.n if isinstance(self.n, int) else self.n[host.index]
-        estimate = attempt.estimate(n=n)
-        if isinstance(self.n, Adaptive):
-            self.n.learn(n, estimate.x0, attempt.clean(n + 1))
+            estimate = attempt.estimate(n=self.n if isinstance(self.n, int) else self.n[attempt.host.index])
+            n = estimate.n
         eta = self.strength(attempt.evaluation, estimate.pull)
-        attempt.note(loss=estimate.values, strength=eta, pull=estimate.pull, n=estimate.n)
+        attempt.note(loss=estimate.values, strength=eta, pull=estimate.pull, n=n)
         evaluation = attempt.evaluation
         if self.backward:
             x0 = evaluation.x0
@@ -148,10 +116,11 @@ class SymplecticAdjointGuidance(Guidance):
             ``"adaptive"`` or an :class:`Adaptive`.
         start, stop: step i of N is guided where ``start <= i/N < stop``; the paper's 0.3 to 0.7 (of 100 steps those
             from 70 to 31, counted down).
-        strength: w of eta = w * s * RMS(eps_c - eps_0)/RMS(g), per sample (the paper's 0.2), or a
-            :class:`~backdrift.guidance.Constant` or :class:`~backdrift.guidance.Relative`.
+        strength: w of eta = w * s * RMS(eps_c - eps_0)/RMS(g), measured per sample (the paper's 0.2); one w for each
+            sample; or a :class:`~backdrift.guidance.Constant` or :class:`~backdrift.guidance.Relative`.
         steps: numbers of the guided steps, or a mask, instead of ``start`` and ``stop``.
-        repeats: attempts at each guided step (the paper's 2), or one number for each step of the run.
+        repeats: attempts at each guided step; one number for each step of the run; pairs (part of the run, attempts
+            from there on); or ``"published"`` for the paper's ``((0.3, 1), (0.4, 2))``.
         subgrid: where the estimate steps: ``"paper"``, ``"uniform"`` or ``"logsnr"``
             (:func:`~backdrift.guidance.subgrids.subgrid`).
         solver: of the estimate; any explicit one.
@@ -164,6 +133,8 @@ class SymplecticAdjointGuidance(Guidance):
         seed: of the fresh noise of time travel; one number, or one for each sample. Samples have streams of their own.
         decode: clean samples -> pictures, in place of the pipeline's own decoder; needed by ``bd.sample`` where the
             samples are not pictures already.
+        decode_chunk_size: how many samples are decoded and scored together, all by default: memory for seconds. The
+            loss must be one of each picture alone, as all of ours are that hold no reference for each sample.
         callback: called after each attempt with its :class:`~backdrift.guidance.trace.Entry`.
         prompts: for losses that compare with a text: one per sample, or one for all. ``bd.guide`` knows them.
         strip: keep the estimates' pictures in the trace, at most so many pixels high and wide (True: 128).
@@ -181,10 +152,10 @@ class SymplecticAdjointGuidance(Guidance):
         n: Steps | Adaptive = 4,
         start: float = 0.3,
         stop: float = 0.7,
-        strength: float | Strength = 0.2,
+        strength: Value | Strength = 0.2,
         *,
         steps: Sequence[int] | Sequence[bool] | None = None,
-        repeats: int | Sequence[int] = 1,
+        repeats: Repeats | Literal["published"] = 1,
         subgrid: str = "paper",
         solver: Solver | None = None,
         gradient: GradientMethod | None = None,
@@ -193,9 +164,10 @@ class SymplecticAdjointGuidance(Guidance):
         maximize: bool = False,
         seed: int | Sequence[int] = 0,
         decode: Callable[[Tensor], Tensor] | None = None,
+        decode_chunk_size: int | None = None,
         callback: Callable[[Any], Any] | None = None,
         strip: bool | int = False,
-        prompts: Sequence[str] | None = None,
+        prompts: str | Sequence[str] | None = None,
     ) -> None:
         super().__init__(
             Pull(_steps(n), strength_of(strength), backward, backward_rate),
@@ -204,10 +176,11 @@ class SymplecticAdjointGuidance(Guidance):
             start=start,
             stop=stop,
             steps=steps,
-            repeats=repeats,
+            repeats=published(repeats, PUBLISHED),
             maximize=maximize,
             seed=seed,
             decode=decode,
+            decode_chunk_size=decode_chunk_size,
             callback=callback,
             strip=strip,
             prompts=prompts,
@@ -220,7 +193,7 @@ def _steps(n: Steps | Adaptive) -> int | tuple[int, ...] | Adaptive:
     if isinstance(n, str):
         if n == "adaptive":
             return Adaptive()
-    else:
+    elif isinstance(n, int | Sequence):
         numbers = [n] if isinstance(n, int) else list(n)
         if numbers and all(isinstance(k, int) and not isinstance(k, bool) and k >= 1 for k in numbers):
             return n if isinstance(n, int) else tuple(numbers)

@@ -20,7 +20,7 @@ class Entry:
         index: the step, from 0.
         attempt: from 0; more than one where the step is taken again (time travel).
         t: the time in the model's schedule.
-        n: steps of the estimate; None for rules without one.
+        n: steps of the estimate, one number or (B,) where they differ; None for rules without one.
         loss: (B,), of the estimate's picture, as the loss gives it (also where it is maximised).
         strength: (B,), the numbers by which the pull was multiplied.
         pull: (B,), root mean square of the pull, in unit coordinates.
@@ -33,7 +33,7 @@ class Entry:
     index: int
     attempt: int
     t: float = 0.0
-    n: int | None = None
+    n: int | list[int] | None = None
     loss: list[float] = field(default_factory=list)
     strength: list[float] = field(default_factory=list)
     pull: list[float] = field(default_factory=list)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import InputError
+
+#: A number; one for each step of the run; or pairs (part of the run, number), each from that part on.
+Repeats = int | Sequence[int] | Sequence[tuple[float, int]]
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,9 @@ class When:
     Args:
         start, stop: fractions of the run: step i of N is guided where ``start <= i / N < stop``.
         steps: instead of them, the numbers of the guided steps (from 0), or a mask with one truth value per step.
-        repeats: attempts at each guided step (1: no time travel), or a number for each step of the run, guided or not.
+        repeats: attempts at each guided step (1: no time travel); a number for each step of the run, guided or not; or
+            pairs (fraction of the run, attempts at the guided steps from there on), rising: ``((0.3, 3), (0.6, 1))``
+            is FreeDoM's three times from 0.3 on, once from 0.6 on. Guided steps before the first pair are taken once.
 
     Raises:
         InputError: an impossible value.
@@ -25,25 +31,42 @@ class When:
     start: float = 0.3
     stop: float = 0.7
     steps: tuple[int, ...] | tuple[bool, ...] | None = None
-    repeats: int | tuple[int, ...] = 1
+    repeats: int | tuple[int, ...] | tuple[tuple[float, int], ...] = 1
 
     def __post_init__(self) -> None:
-        if not (0 <= self.start < self.stop <= 1):
+        numbers = all(isinstance(at, int | float) for at in (self.start, self.stop))
+        if not (numbers and 0 <= self.start < self.stop <= 1):
             raise InputError(
                 f"guided steps lie in 0 <= start < stop <= 1, fractions of the run; got start = {self.start!r}, "
                 f"stop = {self.stop!r} (for numbers of steps use steps=)"
             )
         if self.steps is not None and not self.is_mask:
             bad = [i for i in self.steps if isinstance(i, bool) or not isinstance(i, int) or i < 0]
-            if bad or not self.steps:
+            if bad or not self.steps or len(set(self.steps)) < len(self.steps):
                 raise InputError(
-                    f"steps are numbers from 0 on, or one truth value per step; got {self.steps!r}"
+                    f"steps are different numbers from 0 on, or one truth value (True, False) per step; got "
+                    f"{self.steps!r}"
                 )
-        counts = [self.repeats] if isinstance(self.repeats, int) else list(self.repeats)
-        if not counts or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in counts):
+        if self._pairs is None:
+            counts = [self.repeats] if isinstance(self.repeats, int) else list(self.repeats)
+            if not counts or not all(map(_counts, counts)):
+                raise InputError(
+                    "repeats are whole numbers >= 1, one or one for each step, or pairs (part of the run, number); got "
+                    f"{self.repeats!r}"
+                )
+        elif not all(_counts(k) and 0 <= at < 1 for at, k in self._pairs) or not _rising(self._pairs):
             raise InputError(
-                f"repeats are whole numbers >= 1, one or one for each step; got {self.repeats!r}"
+                f"repeats={self.repeats!r} must be whole numbers >= 1 from rising parts of the run on, in [0, 1), such "
+                "as ((0.3, 1), (0.4, 2))"
             )
+
+    @property
+    def _pairs(self) -> list[tuple[float, int]] | None:
+        """:attr:`repeats`, where they go by parts of the run."""
+        if isinstance(self.repeats, int) or not self.repeats:
+            return None
+        each = [entry for entry in self.repeats if isinstance(entry, tuple | list)]
+        return [(at, k) for at, k in each] if len(each) == len(self.repeats) and _twos(each) else None
 
     @classmethod
     def of(
@@ -51,15 +74,17 @@ class When:
         start: float,
         stop: float,
         steps: Sequence[int] | Sequence[bool] | None,
-        repeats: int | Sequence[int],
+        repeats: Repeats,
     ) -> When:
-        """The same from lists."""
-        return cls(
-            start,
-            stop,
-            None if steps is None else tuple(steps),
-            repeats if isinstance(repeats, int) else tuple(repeats),
-        )
+        """The same from lists.
+
+        Raises:
+            InputError: an impossible value.
+        """
+        listed = [
+            None if x is None else _listed(name, x) for name, x in (("steps", steps), ("repeats", repeats))
+        ]
+        return cls(start, stop, *listed)
 
     @property
     def is_mask(self) -> bool:
@@ -99,11 +124,55 @@ class When:
         Raises:
             InputError: the list of repeats is not as long as the run.
         """
+        guided, pairs = set(self.guided(total)), self._pairs
+        if pairs is not None:
+            by_part = [next((k for at, k in reversed(pairs) if at <= i / total), 1) for i in range(total)]
+            return [k if i in guided else 1 for i, k in enumerate(by_part)]
         if isinstance(self.repeats, int):
-            guided = set(self.guided(total))
             return [self.repeats if i in guided else 1 for i in range(total)]
         if len(self.repeats) != total:
             raise InputError(
-                f"repeats has {len(self.repeats)} numbers for a run of {total} steps; give one, or {total}"
+                f"repeats has {len(self.repeats)} numbers for a run of {total} steps; give one, {total}, or pairs "
+                "(part of the run, number)"
             )
-        return list(self.repeats)
+        return list(self.repeats)  # type: ignore[arg-type]
+
+
+def published(repeats: Repeats | str, theirs: Repeats) -> Repeats:
+    """``repeats``, or a paper's where they are ``"published"``.
+
+    Raises:
+        InputError: it is another word.
+    """
+    if not isinstance(repeats, str):
+        return repeats
+    if repeats != "published":
+        raise InputError(f"repeats are numbers, or 'published' for the paper's, {theirs!r}; got {repeats!r}")
+    return theirs
+
+
+def _listed(name: str, value: Any) -> Any:
+    """A whole number as it is, lists as tuples.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if isinstance(value, int) and name == "repeats":
+        return value
+    if isinstance(value, str | int | float) or not isinstance(value, Iterable):
+        what = "numbers from 0 on, or one truth value per step" if name == "steps" else "whole numbers >= 1"
+        raise InputError(f"{name} are {what}, in a list; got {value!r}")
+    return tuple(tuple(entry) if isinstance(entry, list) else entry for entry in value)
+
+
+def _counts(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _twos(entries: Sequence[Sequence[Any]]) -> bool:
+    return all(len(e) == 2 and isinstance(e[0], int | float) and not isinstance(e[0], bool) for e in entries)
+
+
+def _rising(pairs: Sequence[tuple[float, int]]) -> bool:
+    places = [at for at, _ in pairs]
+    return places == sorted(set(places))

@@ -13,13 +13,28 @@ come back in the pictures' own dtype.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+
+_LOOKS: ContextVar[bool] = ContextVar("looks", default=True)
+
+
+@contextmanager
+def of_any_range() -> Iterator[None]:
+    """A block in which losses do not look whether pictures lie in [0, 1]: those that are decoded from noise, or known
+    to be on that scale, may be anywhere."""
+    token = _LOOKS.set(False)
+    try:
+        yield
+    finally:
+        _LOOKS.reset(token)
 
 
 class Loss(nn.Module):
@@ -68,7 +83,7 @@ class Loss(nn.Module):
                 ``bounded`` loss are far from [0, 1].
         """
         check_images(images)
-        if self.bounded and not self._looked:
+        if self.bounded and not self._looked and _LOOKS.get():
             check_range(images, self.spec or type(self).__name__)
             self._looked = True
         wide = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,6 +34,12 @@ def folder(name: str) -> Path:
         there = sorted(p.name for p in ASSETS.iterdir() if p.is_dir()) if ASSETS.is_dir() else []
         raise InputError(f"no built-in asset {name!r}; this installation has: {', '.join(there) or 'none'}")
     return path
+
+
+def built_in(pipe: Any) -> str | None:
+    """Which of :data:`PIPELINES` a pipeline was loaded as; None for another."""
+    source = getattr(pipe, "config", {}).get("_name_or_path")
+    return next((name for name in PIPELINES if source and Path(source) == ASSETS / name), None)
 
 
 def load_clip() -> tuple[CLIPModel, CLIPTokenizer]:

@@ -35,7 +35,7 @@ from .stepping import _is_denoiser, listened
 __all__ = ["Capture"]
 
 Take = Callable[[CapturedHost], Tensor]
-Opening = Callable[[Tensor, Callable[[Tensor], Tensor]], object]
+Opening = Callable[[Tensor, Callable[[Tensor], Tensor], int | None], object]
 
 
 class Capture:
@@ -50,13 +50,15 @@ class Capture:
         prompts: one per sample.
         done: how many steps of the present run are over already, for a capture that begins in the middle.
         opening: called once, before the pipeline's first network call, with latents of its shape (as the network sees
-            them) and the way from clean ones to pictures.
+            them, perhaps twice), the way from clean ones to pictures, and how many steps the pipeline says it will take
+            (None where it does not).
 
     Attributes:
         pipe: the pipeline.
         last: the host of the last step; of use in ``callback_on_step_end``. What its step leads to is what the
             scheduler remembers from then on.
         prompts: as given; may be changed at any time.
+        owner: who made it, if that was said; not kept alive.
 
     Raises:
         UnsupportedError: the pipeline has no such scheduler or networks, or hooks or attention processors through which
@@ -91,6 +93,7 @@ class Capture:
             raise InputError("this pipeline's scheduler is listened to already: detach that first")
         self.pipe, self.take, self.prompts = pipe, take, prompts
         self.last: CapturedHost | None = None
+        self._owner: weakref.ref[Any] | None = None
         self._scheduler, self._done, self._opening = scheduler, done, opening
         self._decoder = Decoder(pipe, decode)
         self._thread, self._busy = threading.get_ident(), False
@@ -124,7 +127,23 @@ class Capture:
                 f"{type(pipe).__name__} is offloaded, and a copy of it has no hooks that move its networks: move it to "
                 "one device, or guide the pipeline itself"
             )
-        return cls(clone_of(pipe, set(), lambda name, module: module), take, **options)
+        clone = clone_of(pipe, set(), lambda name, module: module)
+        vars(clone).pop("_num_timesteps", None)  # of an older call
+        return cls(clone, take, **options)
+
+    @staticmethod
+    def on(pipe: Any) -> Capture | None:
+        """Who listens to a pipeline."""
+        link = vars(getattr(pipe, "scheduler", None) or object).get(_KEY)
+        return None if link is None else link.capture()
+
+    @property
+    def owner(self) -> Any:
+        return None if self._owner is None else self._owner()
+
+    @owner.setter
+    def owner(self, owner: Any) -> None:
+        self._owner = weakref.ref(owner)
 
     def detach(self) -> None:
         """Leave the pipeline as it was before. May be called twice."""
@@ -149,8 +168,14 @@ class Capture:
             if self._opening is not None:
                 opening, self._opening = self._opening, None
                 coming = Recorded(name, self._denoisers[name], *self._pending[name], None)
+                count = vars(self.pipe).get("_num_timesteps")
+                levels_of(self._scheduler)  # a scheduler that is not known is refused now
                 with self._asleep():
-                    opening(self._decoder.state_in(coming), self._decoder.of([coming]))
+                    opening(
+                        self._decoder.state_in(coming),
+                        self._decoder.of([coming]),
+                        count if isinstance(count, int) else None,
+                    )
 
     def after(self, name: str, output: Any) -> None:
         """It has returned."""

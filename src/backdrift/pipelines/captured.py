@@ -65,6 +65,8 @@ class CapturedHost(Host):
     itself and checked there.
     """
 
+    ranged = True
+
     def __init__(self, given: Given, index: int, total: int, prompts: list[str] | None = None) -> None:
         self._given = given
         self.index, self.total, self.prompts = index, total, prompts

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..guidance.measured import STRENGTHS
 from ..losses import measurements, resolve
 from ..run import Run
 from .guiding import Guiding, Sampling, Task, compare
@@ -21,13 +22,11 @@ PAPER_LOSS = "0.1*pickscore + 2*hpsv2 + 0.5*aesthetic:v2"
 BUILT_IN_LOSS = "preference"
 #: Each guided step twice, then once (B.2); where it changes is that of FreeDoM's code, t = 40 of 100.
 PAPER = Guiding(repeats=((0.3, 2), (0.6, 1)))
-#: Strengths for the built-in pipelines in 100 steps, chosen by eye (docs/guiding.md).
-STRENGTHS = {"sd": 0.12, "flow": 0.05}
 
 
 def built_in(model: str, **given: Any) -> Guiding:
     """The settings for the built-in pipeline ``"sd"`` or ``"flow"`` (:meth:`Guiding.built_in`)."""
-    return PAPER.built_in(STRENGTHS[model], **given)
+    return PAPER.built_in(STRENGTHS["aesthetic"][model], **given)
 
 
 def guide_aesthetic(

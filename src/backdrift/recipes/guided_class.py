@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..guidance.measured import STRENGTHS
 from ..losses import ClassTarget, load_classifier
 from ..run import Run
 from .guiding import Guiding, Sampling, Task, compare
@@ -15,15 +16,13 @@ from .judges import Judge, clip_score, open_clip, read_as, zero_shot
 
 #: As for styles, but from the first step on and twice: what is shown is decided early (SAG, section 4.5).
 PAPER = Guiding(start=0.0, repeats=2)
-#: Strengths for the built-in pipelines in 100 steps, chosen by eye (docs/guiding.md).
-STRENGTHS = {"sd": 0.05, "flow": 0.05}
 #: More classes than that are not put to a zero-shot CLIP.
 MOST_CLASSES = 100
 
 
 def built_in(model: str, **given: Any) -> Guiding:
     """The settings for the built-in pipeline ``"sd"`` or ``"flow"`` (:meth:`Guiding.built_in`)."""
-    return PAPER.built_in(STRENGTHS[model], **given)
+    return PAPER.built_in(STRENGTHS["class"][model], **given)
 
 
 def guide_class(

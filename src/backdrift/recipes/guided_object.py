@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..descent.subject import describe_value
+from ..guidance.measured import STRENGTHS
 from ..losses import CLIPImage, load_classifier, resize
 from ..run import Run
 from .guiding import Guiding, Sampling, Task, compare
@@ -24,13 +25,11 @@ from .references import centre, open_reference
 PAPER_CLIP = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 #: Every guided step is taken twice (B.3), from the first on: "personalization … at the chaotic stage" (section 4.5).
 PAPER = Guiding(start=0.0, repeats=2)
-#: Strengths for the built-in pipelines in 100 steps, chosen by eye (docs/guiding.md).
-STRENGTHS = {"sd": 0.05, "flow": 0.05}
 
 
 def built_in(model: str, **given: Any) -> Guiding:
     """The settings for the built-in pipeline ``"sd"`` or ``"flow"`` (:meth:`Guiding.built_in`)."""
-    return PAPER.built_in(STRENGTHS[model], **given)
+    return PAPER.built_in(STRENGTHS["object"][model], **given)
 
 
 def guide_object(

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..descent.subject import describe_value
+from ..guidance.measured import STRENGTHS
 from ..losses import GramStyle
 from ..run import Run
 from .guiding import Guiding, Sampling, Task, compare
@@ -20,13 +21,11 @@ from .references import centre, open_reference
 
 #: The published settings: guided from t = 70 to 31 of 100, each step once until t = 61, then twice; n = 4.
 PAPER = Guiding()
-#: Strengths for the built-in pipelines in 100 steps, chosen by eye (docs/guiding.md).
-STRENGTHS = {"sd": 0.1, "flow": 0.03}
 
 
 def built_in(model: str, **given: Any) -> Guiding:
     """The settings for the built-in pipeline ``"sd"`` or ``"flow"`` (:meth:`Guiding.built_in`)."""
-    return PAPER.built_in(STRENGTHS[model], **given)
+    return PAPER.built_in(STRENGTHS["style"][model], **given)
 
 
 def guide_style(

@@ -178,7 +178,7 @@ def by_step(trace: GuidanceTrace) -> list[dict[str, Any]]:
                 "strength": last.strength,
                 "pull": last.pull,
                 "attempts": len(every),
-                "estimate_steps": sum(entry.n or 0 for entry in every),
+                "estimate_steps": sum(_estimate_steps(entry.n) for entry in every),
                 "network_calls": sum(entry.calls.forward for entry in every),
                 "redone": sum(entry.calls.redone for entry in every),
                 "vjps": sum(entry.calls.vjps for entry in every),
@@ -186,6 +186,11 @@ def by_step(trace: GuidanceTrace) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _estimate_steps(n: int | list[int] | None) -> int:
+    """Of an attempt: where samples ask for different numbers, an estimate of all of them is made for each."""
+    return sum(set(n)) if isinstance(n, list) else n or 0
 
 
 def affordable(spent: Mapping[str, Any], total: int, ratio: float | None) -> list[int]:

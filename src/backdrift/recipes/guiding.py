@@ -128,14 +128,8 @@ class Guiding:
 
     def attempts(self, repeats: Repeats | None = None) -> list[int]:
         """How often each step of the run is taken, by ``repeats`` or these."""
-        total, taken = self.num_inference_steps, [1] * self.num_inference_steps
         counts = self.repeats if repeats is None else repeats
-        for i in self.guided:
-            if isinstance(counts, int):
-                taken[i] = counts
-            else:
-                taken[i] = next((k for at, k in reversed(counts) if at <= i / total + 1e-12), 1)
-        return taken
+        return When.of(self.start, self.stop, None, counts).attempts(self.num_inference_steps)
 
 
 @dataclass(frozen=True)
@@ -236,7 +230,7 @@ def compare(pipe: Any, prompt: str, task: Task, how: Guiding, sampling: Sampling
     }
     run = Run.open(
         f"guide-{task.kind}", settings, title=task.title, prompt=[prompt] * sampling.samples, seed=sampling.seed,
-        out=sampling.out, resume=sampling.resume,
+        out=sampling.out, resume=sampling.resume, device=pipe._execution_device,
     )  # fmt: skip
     if run.finished:
         return run

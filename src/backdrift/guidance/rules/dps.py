@@ -22,7 +22,9 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..attempt import Attempt
-from .numbers import column, positive
+from ..estimate import Estimate
+from ..strengths import Strength
+from .numbers import column, fits, positive_or_strength
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,21 @@ class DPSRule:
     decoding. Singular where alpha = 0, unless the network predicts x0, v or u: eps says nothing of x0 there.
 
     Args:
-        zeta: zeta > 0.
+        zeta: zeta > 0; or a :class:`~backdrift.guidance.Strength` in the place of zeta / sqrt(L), for losses that are
+            no squared distances. With :class:`~backdrift.guidance.Relative` the rule is FreeDoM's.
 
     Raises:
         InputError: zeta is not a positive number.
     """
 
-    zeta: float = 1.0
+    zeta: float | Strength = 1.0
 
     def __post_init__(self) -> None:
-        positive("zeta", self.zeta)
+        positive_or_strength("zeta", self.zeta)
+
+    def fits(self, batch: int) -> None:
+        """Raise unless the strengths are for that many samples."""
+        fits(batch, self.zeta)
 
     def __call__(self, attempt: Attempt) -> Tensor:
         """The state after the step.
@@ -50,6 +57,16 @@ class DPSRule:
         Raises:
             InputError: a loss is negative, or to be maximised: it has no square root that could fall to 0.
         """
+        if isinstance(self.zeta, Strength):
+            found = attempt.estimate(n=1)
+            strength = self.zeta(attempt.evaluation, found.pull)
+        else:
+            found, strength = self._distance(attempt, self.zeta)
+        attempt.note(loss=found.values, strength=strength, pull=found.pull, n=found.n)
+        return attempt.pushed(attempt.take(), strength * found.pull)
+
+    def _distance(self, attempt: Attempt, zeta: float) -> tuple[Estimate, Tensor]:
+        """The estimate, and zeta / sqrt(L)."""
         if attempt.scoring.maximize:
             raise InputError(
                 "DPS divides by the square root of a distance that is to fall to 0, and maximize=True asks for a loss "
@@ -64,6 +81,4 @@ class DPSRule:
             )
         root = column(found.values, found.pull).sqrt()
         # Where the loss is 0 its gradient is, and there is nothing to pull at.
-        strength = self.zeta / root.clamp_min(1e-30) * (root > 0)
-        attempt.note(loss=found.values, strength=strength, pull=found.pull, n=found.n)
-        return attempt.pushed(attempt.take(), strength * found.pull)
+        return found, zeta / root.clamp_min(1e-30) * (root > 0)

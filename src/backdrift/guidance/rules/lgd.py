@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..attempt import Attempt
 from ..strengths import Constant, Strength
-from .numbers import positive, whole
+from .numbers import fits, positive, positive_or_strength, whole
 from .smoothed import draws, pulled, smoothed
 
 
@@ -50,10 +50,13 @@ class LGDRule:
     spread: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.strength, Strength):
-            positive("strength", self.strength)
+        positive_or_strength("strength", self.strength)
         whole("samples", self.samples, 1)
         positive("spread", self.spread, zero=True)
+
+    def fits(self, batch: int) -> None:
+        """Raise unless the strengths are for that many samples."""
+        fits(batch, self.strength)
 
     def __call__(self, attempt: Attempt) -> Tensor:
         """The state after the step."""

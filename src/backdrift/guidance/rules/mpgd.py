@@ -26,8 +26,8 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..attempt import Attempt
-from ..strengths import Strength, strength_of
-from .numbers import wide
+from ..scoring import wide
+from ..strengths import Strength, Value, strength_of
 
 Eps = Literal["kept", "recomputed"]
 
@@ -48,7 +48,7 @@ class MPGDRule:
         InputError: an argument is out of range.
     """
 
-    strength: float | Strength = 0.3
+    strength: Value | Strength = 0.3
     eps: Eps = "kept"
 
     def __post_init__(self) -> None:
@@ -57,6 +57,10 @@ class MPGDRule:
             raise InputError(
                 f"eps is {' or '.join(map(repr, get_args(Eps)))} when x0 is moved; got {self.eps!r}"
             )
+
+    def fits(self, batch: int) -> None:
+        """Raise unless the strengths are for that many samples."""
+        strength_of(self.strength).check(batch)
 
     def __call__(self, attempt: Attempt) -> Tensor:
         """The state after the step."""

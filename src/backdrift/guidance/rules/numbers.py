@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from ...errors import InputError
 from ...host import Host
+from ..strengths import Strength
 
 
 def positive(name: str, value: object, *, zero: bool = False) -> None:
@@ -20,6 +20,27 @@ def positive(name: str, value: object, *, zero: bool = False) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not number or not (value > 0 or (zero and value == 0)):  # type: ignore[operator]
         raise InputError(f"{name} must be a finite number {'>= 0' if zero else '> 0'}; got {value!r}")
+
+
+def positive_or_strength(name: str, value: object, *, zero: bool = False) -> None:
+    """Raise unless ``value`` is a :class:`~backdrift.guidance.Strength`, or as :func:`positive` has it.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if not isinstance(value, Strength):
+        positive(name, value, zero=zero)
+
+
+def fits(batch: int, *values: float | Strength) -> None:
+    """Raise unless the strengths among ``values`` are for that many samples.
+
+    Raises:
+        InputError: one is not.
+    """
+    for value in values:
+        if isinstance(value, Strength):
+            value.check(batch)
 
 
 def whole(name: str, value: object, least: int) -> None:
@@ -48,8 +69,3 @@ def signal(name: str, host: Host) -> None:
 def column(values: Tensor, like: Tensor) -> Tensor:
     """``values`` (B,) as (B, 1, …), to be multiplied with ``like`` (B, …), in its dtype."""
     return values.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
-
-
-def wide(x: Tensor) -> Tensor:
-    """``x`` in float32 at least: gradients by pictures underflow in half precision."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()

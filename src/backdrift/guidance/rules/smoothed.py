@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from ..attempt import Attempt
-from ..estimate import Estimate, Score
-from .numbers import column, wide
+from ..estimate import Estimate
+from ..scoring import Score, wide
+from .numbers import column
 
 
 def draws(attempt: Attempt, count: int, spread: float) -> list[Tensor]:
@@ -46,4 +47,4 @@ def smoothed(attempt: Attempt, x0: Tensor, displacements: Sequence[Tensor]) -> S
 
 def pulled(attempt: Attempt, score: Callable[[Tensor], Score]) -> Estimate:
     """The one-step estimate from the attempt's state, scored by ``score``, with its pull on that state."""
-    return attempt.estimator.pulled(attempt.host, attempt.evaluation, 1, score, attempt.entry.calls)
+    return attempt.pulled(1, score)

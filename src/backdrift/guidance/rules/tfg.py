@@ -15,6 +15,11 @@ rho_t = rho w_t and mu_t = mu w_t follow schedules of mean 1 over the run: w_t i
 (``"increase"``), to 1 - alpha_t (``"decrease"``), or 1 (``"constant"``); gamma_t is gamma sqrt(1 - ᾱ_t)
 (``"decrease"``) or gamma (``"constant"``).
 
+A :class:`~backdrift.guidance.Relative` strength w in the place of rho or mu takes the gradients' own size out, with R
+the guidance scale times RMS(eps_c - eps_0), measured for each sample:
+
+    x_{t-1} moves by w_t * w * R * D_t / RMS(D_t),    each step of D_0 by w_t * w * R * grad / RMS(grad).
+
 The other rules lie in this space (the paper's Theorem on its hyper-parameters; the tests hold each):
 
 * DPS: mu = 0, gamma = 0, rho_t = sqrt(alpha_t) zeta / sqrt(L);   FreeDoM: the same with its own strength, and N_recur;
@@ -41,8 +46,9 @@ from torch import Tensor
 from ...errors import InputError
 from ...host import Host, Level
 from ..attempt import Attempt
-from ..estimate import Score
-from .numbers import positive, signal, whole, wide
+from ..scoring import Score, wide
+from ..strengths import Strength
+from .numbers import fits, positive, positive_or_strength, signal, whole
 from .smoothed import draws, pulled, smoothed
 
 Weights = Callable[[Level, Level], float]
@@ -58,8 +64,8 @@ class TFGRule:
     iteration. Singular where alpha = 0.
 
     Args:
-        rho: >= 0, of the gradient at x_t.
-        mu: >= 0, of the gradient at x0.
+        rho: >= 0, of the gradient at x_t; or a strength, see above.
+        mu: >= 0, of the gradient at x0; or a strength.
         gamma: >= 0, the paper's gamma-bar, spread of the implicit dynamics.
         iterations: N_iter >= 1.
         samples: draws of the implicit dynamics, >= 1.
@@ -71,8 +77,8 @@ class TFGRule:
         InputError: an argument is out of range, or rho = mu = 0.
     """
 
-    rho: float = 0.25
-    mu: float = 2.0
+    rho: float | Strength = 0.25
+    mu: float | Strength = 2.0
     gamma: float = 0.1
     iterations: int = 4
     samples: int = 1
@@ -81,8 +87,9 @@ class TFGRule:
     gamma_schedule: Literal["decrease", "constant"] = "decrease"
 
     def __post_init__(self) -> None:
-        for name in ("rho", "mu", "gamma"):
-            positive(name, getattr(self, name), zero=True)
+        for name in ("rho", "mu"):
+            positive_or_strength(name, getattr(self, name), zero=True)
+        positive("gamma", self.gamma, zero=True)
         whole("iterations", self.iterations, 1)
         whole("samples", self.samples, 1)
         for name in ("rho_schedule", "mu_schedule"):
@@ -96,6 +103,10 @@ class TFGRule:
             raise InputError(f"gamma_schedule must be 'decrease' or 'constant'; got {self.gamma_schedule!r}")
         if self.rho == 0 and self.mu == 0:
             raise InputError("TFG with rho = 0 and mu = 0 does nothing: set one of them")
+
+    def fits(self, batch: int) -> None:
+        """Raise unless the strengths are for that many samples."""
+        fits(batch, self.rho, self.mu)
 
     def __call__(self, attempt: Attempt) -> Tensor:
         """The state after the step.
@@ -117,12 +128,18 @@ class TFGRule:
             return seen[-1]
 
         following = attempt.take()
-        strength, pull = 0.0, None
+        strength: float | Tensor = 0.0
+        pull: Tensor | None = None
         if self.rho:
-            strength = self.rho * weight(self.rho_schedule, host)
+            share = weight(self.rho_schedule, host)
             found = pulled(attempt, score)
             pull = found.pull
-            following = attempt.pushed(following, strength * end.alpha / start.alpha * pull)
+            if isinstance(self.rho, Strength):
+                eta = share * self.rho(attempt.evaluation, pull)
+                strength, following = eta.flatten(), attempt.pushed(following, eta * pull)
+            else:
+                strength = self.rho * share
+                following = attempt.pushed(following, strength * end.alpha / start.alpha * pull)
         else:
             score(wide(attempt.evaluation.x0))
         first = seen[0]
@@ -131,7 +148,7 @@ class TFGRule:
             following = following + (host.end.alpha * moved).to(following.dtype)
         attempt.note(
             loss=first.values,
-            strength=torch.full_like(first.values, strength),
+            strength=torch.zeros_like(first.values) + strength,
             pull=first.pull if pull is None else pull,
             n=1 if self.rho else None,
         )
@@ -139,11 +156,17 @@ class TFGRule:
 
     def _mean(self, attempt: Attempt, score: Callable[[Tensor], Score], first: Score) -> Tensor:
         """D_0 (B, …)."""
-        mu = self.mu * weight(self.mu_schedule, attempt.host)
-        x0 = wide(attempt.evaluation.x0)
-        moved = -mu * first.pull
+        share, evaluation = weight(self.mu_schedule, attempt.host), attempt.evaluation
+        x0 = wide(evaluation.x0)
+
+        def step(pull: Tensor) -> Tensor:
+            if isinstance(self.mu, Strength):
+                return share * self.mu(evaluation, pull) * pull
+            return self.mu * share * pull
+
+        moved = -step(first.pull)
         for _ in range(self.iterations - 1):
-            moved = moved - mu * score(x0 + moved).pull
+            moved = moved - step(score(x0 + moved).pull)
         return moved
 
 

@@ -11,6 +11,13 @@ and self-recurrence, k times: back to x_t by fresh noise, which is time travel (
 the step that a network saying x0 = xhat0 + D would have led to. sigma grad L is the same in all coordinates, and
 for every schedule forward guidance is the step that a score raised by -s grad L would have led to.
 
+A :class:`~backdrift.guidance.Relative` w in the place of s makes forward guidance as large as classifier-free guidance:
+
+    eps' = eps + w * R * g / RMS(g),        g = grad_{x_t} L(xhat0),    R = guidance scale * RMS(eps_c - eps_0),
+
+so that it means the same for every loss, and, as a change of eps does, for every number of steps. In the place of the
+descent's rate it makes each of the m steps move x0 by w * R (MPGD's measure).
+
 In the authors' Stable Diffusion code there is no backward guidance (m = 0) and s is 6 for style (k = 6), 20000 for
 faces (k = 2), 400 for segmentation (k = 10), 100 for object locations (k = 5), over 250 to 500 DDIM steps. Their
 pixel code minimises with Adam at rate 0.01, here plain gradient descent as the paper has it.
@@ -26,9 +33,10 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..attempt import Attempt
-from ..backward import displaced
-from ..estimate import Score
-from .numbers import positive, signal, whole, wide
+from ..backward import displaced, stride
+from ..scoring import Score, wide
+from ..strengths import Strength
+from .numbers import fits, positive_or_strength, signal, whole
 from .smoothed import pulled
 
 
@@ -41,26 +49,30 @@ class UniversalRule:
     backward guidance. Singular where alpha = 0: eps is fixed by x_t there.
 
     Args:
-        weight: s >= 0 of the forward rule; 0 leaves it out.
+        weight: s >= 0 of the forward rule; 0 leaves it out; or a strength, see above.
         backward: m >= 0 steps of gradient descent of the backward rule; 0 leaves it out.
-        rate: the descent's step on x0, > 0; its size depends on the loss's.
+        rate: the descent's step on x0, > 0, its size depends on the loss's; or a strength.
 
     Raises:
         InputError: an argument is out of range, or neither rule is asked for.
     """
 
-    weight: float = 6.0
+    weight: float | Strength = 6.0
     backward: int = 0
-    rate: float = 0.01
+    rate: float | Strength = 0.01
 
     def __post_init__(self) -> None:
-        positive("weight", self.weight, zero=True)
+        positive_or_strength("weight", self.weight, zero=True)
         whole("backward", self.backward, 0)
-        positive("rate", self.rate)
+        positive_or_strength("rate", self.rate)
         if self.weight == 0 and self.backward == 0:
             raise InputError(
                 "Universal Guidance with weight = 0 and backward = 0 does nothing: set one of them"
             )
+
+    def fits(self, batch: int) -> None:
+        """Raise unless the strengths are for that many samples."""
+        fits(batch, self.weight, self.rate)
 
     def __call__(self, attempt: Attempt) -> Tensor:
         """The state after the step.
@@ -78,19 +90,18 @@ class UniversalRule:
 
         if self.weight:
             found = pulled(attempt, score)
-            eps = wide(evaluation.eps) + self.weight * level.sigma / math.hypot(*level) * found.pull
-            attempt.note(
-                loss=found.values,
-                strength=torch.full_like(found.values, self.weight),
-                pull=found.pull,
-                n=found.n,
-            )
+            if isinstance(self.weight, Strength):
+                strength = self.weight(evaluation, found.pull)
+                eps = wide(evaluation.eps) + strength * found.pull
+            else:
+                strength = torch.full_like(found.values, self.weight)
+                eps = wide(evaluation.eps) + self.weight * level.sigma / math.hypot(*level) * found.pull
+            attempt.note(loss=found.values, strength=strength, pull=found.pull, n=found.n)
         else:
             eps = wide(evaluation.eps)
             seen = score(wide(evaluation.x0))
-            attempt.note(
-                loss=seen.values, strength=torch.full_like(seen.values, self.rate), pull=seen.pull, n=None
-            )
+            strength = torch.zeros_like(seen.values) + stride(self.rate, evaluation, seen.pull).flatten()
+            attempt.note(loss=seen.values, strength=strength, pull=seen.pull, n=None)
         if self.backward:
             moved = displaced(attempt, wide(evaluation.x0), self.backward, self.rate, first[0])
             eps = eps - level.alpha / level.sigma * moved
