@@ -6,6 +6,7 @@ The hand-written ones know nothing of the package: plain torch and plain autogra
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -168,5 +169,5 @@ def test_maximising_is_minimising_the_negative(rule: str) -> None:
     up = kind(**ALL, maximize=True)
     down = kind(**ALL)
     down.loss = down.scoring.loss.__class__(lambda pictures: -loss(pictures))
-    down.scoring = down.scoring._replace(loss=down.loss)
+    down.scoring = dataclasses.replace(down.scoring, loss=down.loss)
     torch.testing.assert_close(guided(case, up), guided(case, down), rtol=1e-13, atol=1e-13)
