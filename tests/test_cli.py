@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from PIL import Image
 
 import tiny_pipelines
 from backdrift import __version__
+from backdrift.cli import app
 from command_line import STEPS, call, refused
 from tiny_pipelines import PICTURE, tiny_sd
 
@@ -137,6 +139,43 @@ def test_progress_shows_loss_and_remaining_time(model: str) -> None:
     assert result.exit_code == 0, result.output
     for word in ("loss 0.", "2/2", "left"):
         assert word in result.output
+
+
+def test_progress_in_a_file_is_a_few_whole_lines(model: str) -> None:
+    steps = ("--num-inference-steps", "1", "--steps", "30")
+    result = call("optimize", "a b", "--loss", "brightness", "--model", model, *steps, "--out", "run")
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.output.splitlines() if " of 30, after " in line]
+    assert [line.split(", ")[1] for line in lines] == [
+        f"{done} of 30" for done in (1, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30)
+    ]
+    assert all(line.startswith("loss 0.") for line in lines)
+    assert not set(result.output) & set("\r\x1b━")
+
+
+def test_examples_in_the_help_are_commands_with_their_flags() -> None:
+    """Of every command at least one; each begins with the command's own name."""
+    import shlex
+
+    import typer
+
+    def leaves(command: Any, path: tuple[str, ...]) -> list[tuple[tuple[str, ...], Any]]:
+        if not hasattr(command, "commands"):
+            return [(path, command)]
+        return [leaf for name, inner in command.commands.items() for leaf in leaves(inner, (*path, name))]
+
+    for path, command in leaves(typer.main.get_command(app), ("backdrift",)):
+        title, *examples = (command.epilog or "").split("\n\n")
+        assert title.startswith("Example")
+        assert examples
+        known = {
+            option for parameter in command.params for option in parameter.opts + parameter.secondary_opts
+        }
+        for example in examples:
+            words = shlex.split(example)
+            assert tuple(words[: len(path)]) == path
+            assert {word for word in words if word.startswith("--")} <= known
+            assert example in call(*path[1:], "--help").output
 
 
 def test_invert_from_files_and_from_an_effect(model: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,47 @@ def test_a_missing_file(model: str, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_files_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes("prompt: caf\xe9\n".encode("latin-1"))
+    refused(call("optimize", "--config", "latin.yaml"), "'latin.yaml' cannot be read", "no UTF-8 text")
+    refused(call("invert", "--pairs", "latin.yaml"), "'latin.yaml' cannot be read", "no UTF-8 text")
+
+
+def test_a_folder_that_cannot_be_written_costs_no_time(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr("backdrift.cli.generate.open_pipeline", lambda settings: pytest.fail("loaded it"))
+    refused(call("generate", "a", "--out", "file"), "--out 'file' is a file")
+    refused(call("generate", "a", "--out", "file/new"), "lies in 'file', which is a file")
+    refused(call("generate", "a", "--out", "x" * 300), "too long")
+    refused(call("generate", "a", "--out", "."), "is not empty", "--overwrite")
+    refused(call("doctor", "sd", "--json", "."), "--json '.' is a folder")
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "locked" and allowed(path, mode))
+    refused(call("generate", "a", "--out", "locked/run"), "'locked' may not be written to")
+    refused(call("doctor", "sd", "--json", "nowhere/a.json"), "'nowhere', which is no folder")
+    refused(call("doctor", "sd", "--json", "locked/a.json"), "'locked' may not be written to")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_numbers_that_are_not_finite(model: str, value: str) -> None:
+    for flag in ("--lr", "--noise-prior", "--enough", "--guidance-scale"):
+        refused(optimize(model, flag, value), flag, "must be a finite number")
+
+
+def test_a_seed_out_of_range(model: str) -> None:
+    refused(optimize(model, "--seed", "-1"), "--seed is -1", "at least 0")
+    refused(optimize(model, "--seed", str(2**63)), "--seed", "less than 9223372036854775808")
+
+
+def test_a_name_beside_the_built_in_ones() -> None:
+    refused(call("generate", "a b", "--model", "flwo"), "'flwo'", "Did you mean 'flow'?")
+    refused(call("demo", "--upright", "sevn", "--out", "demo"), "Did you mean 'seven'?")
+    assert not Path("demo").exists()
+
+
 def test_a_target_of_other_proportions(model: str) -> None:
     Image.new("RGB", (32, 16)).save("wide.png")
     refused(optimize(model, "--loss", "mse:wide.png"), "32x16 pixels", "16x16")
@@ -92,7 +134,8 @@ def test_an_unknown_loss_over_or_device(model: str) -> None:
     refused(optimize(model, "--over", "nois"), "nois")
     refused(optimize(model, "--optimizer", "adamv"), "adamv")
     refused(optimize(model, "--device", "cuda:99"), "cuda:99", "cpu")
-    refused(optimize(model, "--dtype", "float23"), "--dtype", "float23", "bfloat16")
+    refused(optimize(model, "--dtype", "float23"), "--dtype", "one of float32", "Did you mean 'float32'?")
+    refused(call("invert", "--slots", "outputs"), "one of output, tokens. Did you mean 'output'?")
 
 
 def test_a_missing_prompt_or_loss_is_named(model: str) -> None:
@@ -112,8 +155,8 @@ def test_a_wrong_flag_is_a_usage_error() -> None:
     ("text", "words"),
     [
         ("step: 3", ("unknown field 'step'", "Did you mean 'steps'?", "run.yaml")),
-        ("steps: many", ("field 'steps'", "'many'", "valid integer", "run.yaml")),
-        ("steps: -1", ("field 'steps'", "-1", "greater than or equal to 0")),
+        ("steps: many", ("field 'steps'", "'many'", "a whole number", "run.yaml")),
+        ("steps: -1", ("field 'steps'", "-1", "must be at least 0")),
         ("[1, 2]", ("must hold `name: value` lines", "list")),
         ("a: b: c", ("not YAML at line 1",)),
     ],
@@ -188,6 +231,17 @@ def test_what_each_error_ends_with() -> None:
     assert code == FAILED
     assert "ZeroDivisionError: division by zero" in message
     assert "BACKDRIFT_TRACEBACK=1" in message
+
+
+def test_colours_unless_they_are_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from backdrift.cli import app
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b[" in CliRunner().invoke(app, ["invert"], color=True).stderr
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[" not in CliRunner().invoke(app, ["invert"], color=True).stderr
 
 
 def test_a_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:

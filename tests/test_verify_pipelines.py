@@ -129,6 +129,8 @@ def test_other_families_and_missing_settings_are_refused_by_name() -> None:
         bd.verify("sd15")
     with pytest.raises(InputError, match="multiple"):
         bd.verify(tiny_sd(), "a b", "brightness", height=17)
+    with pytest.raises(InputError, match="Shorten it"):  # not cut off in silence
+        bd.verify(tiny_sd(), "abcdefghijkl", "brightness", **SHORT)
 
 
 @pytest.fixture

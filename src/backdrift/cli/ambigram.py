@@ -20,22 +20,22 @@ class AmbigramSettings(Settings):
 
     panel: ClassVar[str] = "Options"
 
-    upright: str = Field("four", description="What it reads upright: a class of the built-in classifier.",
-                         json_schema_extra={"argument": True, "metavar": "[UPRIGHT]"})  # fmt: skip
-    upside_down: str = Field("seven", description="What it reads upside-down.",
-                             json_schema_extra={"argument": True, "metavar": "[UPSIDE_DOWN]"})  # fmt: skip
+    upright: str = Field("four", description="What it reads upright, by the built-in classifier (default: four).",
+                         json_schema_extra={"argument": True, "metavar": "UPRIGHT"})  # fmt: skip
+    upside_down: str = Field("seven", description="What it reads upside-down (default: seven).",
+                             json_schema_extra={"argument": True, "metavar": "UPSIDE_DOWN"})  # fmt: skip
     seeds: int = Field(1, ge=1, description="How many pictures: from the seeds --seed, --seed + 1, …")
     prompt: str | None = Field(
         None,
         description="What the sampler is told.",
         json_schema_extra={"default": "a red <upright> on white"},
     )
-    steps: int = Field(40, ge=0, description="Updates.")
+    steps: int = Field(40, ge=0, description="Updates of the noise, at most.")
     lr: float = Field(0.05, gt=0, description="Learning rate.")
     noise_prior: float = Field(0.01, ge=0, description="Weight of the Gaussian prior on the noise.")
     baseline: bool = Field(True, description="Also spend as many network calls on one-step guidance.")
     num_inference_steps: int = Field(12, ge=1, description="Steps of the sampler.")
-    guidance_scale: float = Field(2.0, description="Classifier-free guidance.")
+    guidance_scale: float = Field(2.0, description="Scale of classifier-free guidance.")
     chunk: int | None = Field(None, ge=1, description="Pictures per call of the pipeline.")
     memory: str | int = Field("auto", description="Memory plan: auto, min, max, or a budget such as 6GiB.")
     show_flagged: bool = SHOW_FLAGGED
@@ -77,4 +77,8 @@ def ambigram(settings: AmbigramSettings) -> None:
 
 
 def add_to(app: typer.Typer) -> None:
-    command(app, AmbigramSettings)(ambigram)
+    command(
+        app, AmbigramSettings,
+        "backdrift ambigram four seven",
+        "backdrift ambigram three five --seeds 20 --no-baseline --out runs/ambigrams",
+    )(ambigram)  # fmt: skip

@@ -13,18 +13,30 @@ import typer
 
 from .config import Bare, _extra, build, flag
 from .errors import reported
+from .folders import check_writable
 
 C = TypeVar("C", bound=Bare)
 
 
-def command(app: typer.Typer, kind: type[C]) -> Callable[[Callable[[C], None]], Callable[[C], None]]:
-    """Decorator: make ``f(settings)`` a command of ``app``, with a flag for each field of ``kind``."""
+def command(
+    app: typer.Typer, kind: type[C], *examples: str
+) -> Callable[[Callable[[C], None]], Callable[[C], None]]:
+    """Decorator: make ``f(settings)`` a command of ``app``, with a flag for each field of ``kind``.
+
+    Args:
+        examples: whole commands, shown at the end of the help.
+    """
+    # a paragraph is a line of the help; square brackets would be read as markup
+    shown = "\n\n".join(["Examples:" if len(examples) > 1 else "Example:", *examples]) if examples else None
 
     def add(function: Callable[[C], None]) -> Callable[[C], None]:
         def invoked(**values: Any) -> None:
             file = values.pop("config", None)
             with reported():
-                function(build(kind, {k: v for k, v in values.items() if v != []}, file))
+                settings = build(kind, {k: v for k, v in values.items() if v != []}, file)
+                if "out" in kind.model_fields:  # what cannot be written costs no time
+                    check_writable(getattr(settings, "out", None) or Path("runs"))
+                function(settings)
 
         # a command's own settings first, then those it shares
         fields = sorted(kind.model_fields.items(), key=lambda item: -len(_owner(kind, item[0]).__mro__))
@@ -34,7 +46,7 @@ def command(app: typer.Typer, kind: type[C]) -> Callable[[Callable[[C], None]], 
         )
         invoked.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         invoked.__annotations__ = {p.name: p.annotation for p in parameters}
-        app.command(name=function.__name__.rstrip("_"), help=inspect.getdoc(function))(invoked)
+        app.command(name=function.__name__.rstrip("_"), help=inspect.getdoc(function), epilog=shown)(invoked)
         return function
 
     return add
@@ -93,6 +105,8 @@ def _loss_names() -> list[str]:
 def _shown(field: Any) -> str:
     if field.is_required() or field.default is None:
         return ""
+    if isinstance(field.default, bool):
+        return "yes" if field.default else "no"
     return ", ".join(map(str, field.default)) if isinstance(field.default, list) else str(field.default)
 
 

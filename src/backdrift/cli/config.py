@@ -6,6 +6,7 @@ YAML file, its default, its help text and its check. Flags win over the file, th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -22,7 +23,7 @@ class Bare(BaseModel):
     #: Heading of these fields in the help.
     panel: ClassVar[str] = "Options"
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class Settings(Bare):
@@ -46,7 +47,7 @@ class Settings(Bare):
         description="Precision of the pipeline: float32, float16 or bfloat16.",
         json_schema_extra={"complete": ["float32", "float16", "bfloat16"]},
     )
-    seed: int = Field(0, ge=0, description="Seed of the noise and of everything random.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the noise and of everything random: 0 or more.")
 
 
 C = TypeVar("C", bound=Bare)
@@ -91,7 +92,8 @@ def _read(kind: type[Bare], file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"The settings file {str(file)!r} does not exist.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The settings file {str(file)!r} cannot be read: {error}") from None
+        why = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise InputError(f"The settings file {str(file)!r} cannot be read: {why}.") from None
     except yaml.YAMLError as error:
         where = f" at line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""  # type: ignore[attr-defined]
         raise InputError(
@@ -116,13 +118,32 @@ def _read(kind: type[Bare], file: Path) -> dict[str, Any]:
 
 def _message(kind: type[Bare], error: Any, name: str, file: Path | None) -> str:
     field = kind.model_fields.get(name)
-    about = f" ({field.description})" if field is not None and field.description else ""
+    about = f" ({field.description.rstrip('.')})" if field is not None and field.description else ""
     if error["type"] == "missing":
         shown = name.upper() if (field and _extra(field).get("argument")) else flag(name)
         return f"{shown} is missing{about}. Give it on the command line or as `{name}:` in the settings file."
     where = f"The field {name!r} of the settings file {str(file)!r}" if file is not None else flag(name)
-    reason = str(error["msg"]).removeprefix("Value error, ")
-    return f"{where} is {error['input']!r}: {reason}{about}."
+    return f"{where} is {error['input']!r}: {_reason(error)}{about}."
+
+
+def _reason(error: Any) -> str:
+    """pydantic's message in the words of a person at a command line."""
+    kind, context = error["type"], error.get("ctx") or {}
+    limits = {"greater_than_equal": "ge", "greater_than": "gt", "less_than_equal": "le", "less_than": "lt"}
+    if kind in limits:
+        words = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
+        return f"it must be {words[limits[kind]]} {context[limits[kind]]}"
+    if kind == "finite_number":
+        return "it must be a finite number"
+    if kind in ("int_parsing", "int_type", "int_from_float"):
+        return "it must be a whole number"
+    if kind in ("float_parsing", "float_type"):
+        return "it must be a number"
+    choices = re.fullmatch(r"\^\(([\w|-]+)\)\$", context.get("pattern", ""))
+    if kind == "string_pattern_mismatch" and choices:
+        names = choices[1].split("|")
+        return f"it must be one of {', '.join(names)}.{closest(error['input'], names)}"
+    return str(error["msg"]).removeprefix("Value error, ")
 
 
 def _extra(field: Any) -> dict[str, Any]:

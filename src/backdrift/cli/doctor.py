@@ -9,10 +9,12 @@ from typing import Any, ClassVar
 import typer
 from pydantic import Field
 
+from ..errors import InputError
 from .command import command
 from .config import Settings
 from .errors import BAD_INPUT, FAILED
 from .fields import Strings
+from .folders import check_writable
 from .pipeline import open_pipeline
 
 _COLOURS = {
@@ -64,6 +66,8 @@ def doctor(settings: DoctorSettings) -> None:
 
     from ..pipelines.doctor import doctor as examine
 
+    if settings.json_file is not None:
+        _check_file(settings.json_file)
     pipe = open_pipeline(settings, local_files_only=True)
     console = Console(stderr=True)
     with console.status("looking at the pipeline") as status:
@@ -83,6 +87,14 @@ def doctor(settings: DoctorSettings) -> None:
     _print(checkup)
     if not checkup.ok:
         raise typer.Exit(FAILED if checkup.failed else BAD_INPUT)
+
+
+def _check_file(file: Path) -> None:
+    """A file that cannot be written is refused before anything is measured."""
+    if file.is_dir() or not file.parent.is_dir():
+        why = "is a folder" if file.is_dir() else f"is to lie in {str(file.parent)!r}, which is no folder"
+        raise InputError(f"--json {str(file)!r} {why}; give the name of a file in a folder that is there.")
+    check_writable(file.parent, "--json, in the folder")
 
 
 def _print(checkup: Any) -> None:
@@ -111,4 +123,8 @@ def _print(checkup: Any) -> None:
 
 
 def add_to(app: typer.Typer) -> None:
-    command(app, DoctorSettings)(doctor)
+    command(
+        app, DoctorSettings,
+        "backdrift doctor sd",
+        "backdrift doctor path/to/pipeline --dtype bfloat16 --train lora --json checkup.json",
+    )(doctor)  # fmt: skip

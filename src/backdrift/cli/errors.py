@@ -65,6 +65,5 @@ def explain(error: Exception) -> tuple[str, int]:
 
 def _say(message: str) -> None:
     sys.stdout.flush()
-    typer.secho(
-        message, err=True, fg=typer.colors.RED if message.startswith("Error") else typer.colors.YELLOW
-    )
+    colour = typer.colors.RED if message.startswith("Error") else typer.colors.YELLOW
+    typer.secho(message, err=True, fg=None if os.environ.get("NO_COLOR") else colour)

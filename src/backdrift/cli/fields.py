@@ -44,7 +44,9 @@ class Sampling(Settings):
     )
     num_inference_steps: int = Field(31, ge=1, description="Steps of the sampler.")
     guidance_scale: float | None = Field(
-        None, description="Classifier-free guidance.", json_schema_extra={"default": "the pipeline's"}
+        None,
+        description="Scale of classifier-free guidance.",
+        json_schema_extra={"default": "the pipeline's"},
     )
     negative_prompt: str | None = Field(None, description="What the pictures should not show.")
     show_flagged: bool = SHOW_FLAGGED
@@ -55,7 +57,7 @@ class Descending(Sampling):
 
     panel: ClassVar[str] = "Descent"
 
-    steps: int = Field(50, ge=0, description="Updates.")
+    steps: int = Field(50, ge=0, description="Updates of what is optimised.")
     optimizer: str = Field(
         "adamw",
         description="torch optimizer: adamw, adam, sgd, ...",

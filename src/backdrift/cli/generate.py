@@ -9,10 +9,12 @@ from typing import Any, ClassVar
 import typer
 from pydantic import Field
 
+from ..errors import InputError
 from .command import command
 from .config import dump
 from .fields import Sampling, Strings
-from .pipeline import new_folder, open_pipeline
+from .folders import check_new
+from .pipeline import open_pipeline
 
 
 class GenerateSettings(Sampling):
@@ -37,10 +39,18 @@ def generate(settings: GenerateSettings) -> None:
 
     The same seed gives the same noise as in `optimize`, so its first pictures are these.
     """
+    if not settings.prompt:
+        raise InputError("PROMPT is missing: give at least one (it may be empty: '').")
     folder = settings.out or Path("runs") / f"{_slug(settings.prompt[0])}-{settings.seed}"
+    check_new(folder, settings.overwrite)
+    embedding = None
+    if settings.embedding is not None:  # a missing file costs no time
+        from ..recipes import load_embedding
+
+        embedding = load_embedding(settings.embedding)
     pipe = open_pipeline(settings)
-    images, flags, prompts = _pictures(pipe, settings)
-    new_folder(folder, settings.overwrite)
+    images, flags, prompts = _pictures(pipe, settings, embedding)
+    folder.mkdir(parents=True, exist_ok=True)
     for i, (image, flagged, prompt) in enumerate(zip(images, flags, prompts, strict=True)):
         path = folder / f"{i:02d}-{_slug(prompt)}.png"
         image.save(path)
@@ -51,7 +61,9 @@ def generate(settings: GenerateSettings) -> None:
     dump(settings, folder / "run.yaml", "generate")
 
 
-def _pictures(pipe: Any, settings: GenerateSettings) -> tuple[list[Any], list[bool], list[str]]:
+def _pictures(
+    pipe: Any, settings: GenerateSettings, embedding: Any
+) -> tuple[list[Any], list[bool], list[str]]:
     """PIL images, which of them the safety checker flagged, and their prompts."""
     import torch
 
@@ -68,10 +80,8 @@ def _pictures(pipe: Any, settings: GenerateSettings) -> tuple[list[Any], list[bo
     )
     call = sampler_call(pipe, height, width, settings.num_inference_steps, settings.guidance_scale, more)
     text: dict[str, Any] = {"prompt": prompts}
-    if settings.embedding is not None:
-        from ..recipes import load_embedding
-
-        text = load_embedding(settings.embedding).call(pipe, prompts)
+    if embedding is not None:
+        text = embedding.call(pipe, prompts)
     random = [generator(settings.seed, "sampler", i) for i in range(len(prompts))]
     given = {**text, "latents": noise, "generator": random, **call}
     with torch.no_grad():
@@ -92,4 +102,8 @@ def _slug(text: str) -> str:
 
 
 def add_to(app: typer.Typer) -> None:
-    command(app, GenerateSettings)(generate)
+    command(
+        app, GenerateSettings,
+        'backdrift generate "a red seven on grass"',
+        'backdrift generate "a red two" "a blue six" --batch-size 4 --seed 1 --out runs/digits',
+    )(generate)  # fmt: skip

@@ -58,7 +58,7 @@ class GuideSettings(Settings):
         json_schema_extra={"default": 100, "short": ["--steps"]},
     )
     guidance_scale: float | None = Field(
-        None, description="Classifier-free guidance.",
+        None, description="Scale of classifier-free guidance.",
         json_schema_extra={"default": "7.5; for the built-in models 3"},
     )  # fmt: skip
     one_step: str | float = Field(
@@ -341,8 +341,19 @@ def add_to(app: typer.Typer) -> None:
         name="guide", no_args_is_help=True,
         help="Guided pictures beside unguided and one-step ones: style, aesthetic, object, class.",
     )  # fmt: skip
-    command(group, StyleSettings)(style)
-    command(group, AestheticSettings)(aesthetic)
-    command(group, ObjectSettings)(object_)
-    command(group, ClassSettings)(class_)
+    command(
+        group, StyleSettings,
+        'backdrift guide style "a red seven on white" --reference painting.jpg --steps 30',
+        'backdrift guide style "a cat" --model path/to/sd15 --reference painting.jpg --memory 16GiB',
+    )(style)  # fmt: skip
+    command(group, AestheticSettings, 'backdrift guide aesthetic "a red seven on grass" --steps 30')(
+        aesthetic
+    )
+    command(
+        group, ObjectSettings,
+        'backdrift guide object "a red digit on grass" --reference "made:a red two on white" --steps 30',
+    )(object_)  # fmt: skip
+    command(group, ClassSettings, 'backdrift guide class "a red digit on white" --label seven --steps 30')(
+        class_
+    )
     app.add_typer(group, name="guide")

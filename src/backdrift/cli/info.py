@@ -139,4 +139,4 @@ def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 
 def add_to(app: typer.Typer) -> None:
-    command(app, InfoSettings)(info)
+    command(app, InfoSettings, "backdrift info", "backdrift info --model sd")(info)

@@ -35,7 +35,7 @@ class InvertSettings(Descending):
         description="Instead of --pairs: words that the pipeline makes the targets with, from the same noise, "
         "such as 'in black and white'.",
     )
-    guidance_scale: float = Field(7.5, description="Classifier-free guidance.")
+    guidance_scale: float = Field(7.5, description="Scale of classifier-free guidance.")
     slots: str = Field(
         "output",
         pattern="^(output|tokens)$",
@@ -104,8 +104,9 @@ def read_pairs(file: Path) -> list[tuple[str, str, str]]:
 
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"The pairs file {str(file)!r} cannot be read: {error.strerror}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise InputError(f"The pairs file {str(file)!r} cannot be read: {why}.") from None
     except yaml.YAMLError as error:
         raise InputError(
             f"The pairs file {str(file)!r} is not YAML: {getattr(error, 'problem', error)}."
@@ -130,4 +131,8 @@ def read_pairs(file: Path) -> list[tuple[str, str, str]]:
 
 
 def add_to(app: typer.Typer) -> None:
-    command(app, InvertSettings)(invert)
+    command(
+        app, InvertSettings,
+        'backdrift invert "a red two" "a blue six" --effect "in black and white"',
+        "backdrift invert --pairs pairs.yaml --out runs/effect",
+    )(invert)  # fmt: skip

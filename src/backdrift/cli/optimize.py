@@ -75,4 +75,9 @@ def optimize(settings: OptimizeSettings) -> None:
 
 
 def add_to(app: typer.Typer) -> None:
-    command(app, OptimizeSettings)(optimize)
+    command(
+        app, OptimizeSettings,
+        'backdrift optimize "a red digit on white" --loss class:seven',
+        'backdrift optimize "a red two" --loss "clip:a blue two + 0.1*brightness:0.8" --over prompt_embeds --steps 30',
+        'backdrift optimize "a fox" --model path/to/sdxl --loss my_losses.py:warm --over lora --memory 16GiB',
+    )(optimize)  # fmt: skip

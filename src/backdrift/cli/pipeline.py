@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
@@ -66,17 +65,3 @@ def quiet() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-
-
-def new_folder(out: Path, overwrite: bool) -> Path:
-    """Make the folder ``out``.
-
-    Raises:
-        InputError: When it exists, holds something and may not be written to.
-    """
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {str(out)!r} is a file; give the name of a folder.")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise InputError(f"--out {str(out)!r} is not empty; give another folder, or --overwrite.")
-    out.mkdir(parents=True, exist_ok=True)
-    return out

@@ -105,4 +105,8 @@ def _row(made: Any, option: Any) -> list[str]:
 
 
 def add_to(app: typer.Typer) -> None:
-    command(app, PlanSettings)(plan)
+    command(
+        app, PlanSettings,
+        "backdrift plan sdxl --size 1024 --steps 30 --budget 16GiB",
+        "backdrift plan path/to/pipeline --train lora --loss clip-vit-large-patch14 --json",
+    )(plan)  # fmt: skip

@@ -82,7 +82,7 @@ class VerifySettings(Settings):
     )  # fmt: skip
     guidance_scale: float | None = Field(
         None,
-        description="Classifier-free guidance.",
+        description="Scale of classifier-free guidance.",
         json_schema_extra={"default": "the pipeline's; 3 for the built-in"},
     )
     negative_prompt: str | None = Field(None, description="What the picture should not show.")
@@ -135,4 +135,9 @@ def verify(settings: VerifySettings) -> None:
 
 
 def add_to(app: typer.Typer) -> None:
-    command(app, VerifySettings)(verify)
+    command(
+        app, VerifySettings,
+        "backdrift verify",
+        'backdrift verify --model path/to/pipeline --prompt "a red fox" --loss brightness --steps 32 --out runs/fox',
+        "backdrift verify --solver heun --solver ab4 --target flow --tolerance 0.05",
+    )(verify)  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..suggest import closest
 from .assets import PIPELINES, folder
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ def load(model: str | PathLike[str] = "sd", **kwargs: Any) -> DiffusionPipeline:
     except (OSError, ValueError) as problem:
         built_in = ", ".join(repr(n) for n in PIPELINES)
         raise InputError(
-            f"cannot load {name!r}: it is not built in ({built_in}), and as a folder or a hub id it failed with: "
+            f"cannot load {name!r}: it is not built in ({built_in}).{closest(name, PIPELINES)} As a folder or a hub id "
+            f"it failed with: "
             f"{str(problem).strip().splitlines()[0]}"
         ) from problem
 

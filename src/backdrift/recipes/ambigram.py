@@ -163,7 +163,7 @@ def _baseline(
     tries = -(-figures[CALLS] // calls_of(how, call["num_inference_steps"]))
     begin = int(figures.get("one-step guidance: tries", 0))
     best = run.tensors("one_step_guidance") if begin else None
-    with run.writing(), progress_bar(tries, progress) as show:
+    with run.writing(), progress_bar(tries, progress, OTHER) as show:
         for draw in range(begin, tries):
             noise = torch.cat(
                 [make_examples(pipe, prompts[:1], *size, _draw(seed, draw))[0].noise for seed in seeds]

@@ -86,7 +86,7 @@ class Sampler:
     def __call__(self, variant: Variant) -> Sampled:
         total = sum(variant.attempts[i] for i in self.how.guided)
         done = 0
-        with progress_bar(total, self.sampling.progress) as show:
+        with progress_bar(total, self.sampling.progress, variant.name) as show:
 
             def shown(entry: Any) -> None:
                 nonlocal done

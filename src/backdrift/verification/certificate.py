@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..budget import parse_size
 from ..denoiser import Denoiser
-from ..descent.subject import describe_pipeline
+from ..descent.subject import check_prompts, describe_pipeline
 from ..errors import InputError
 from ..files import write_atomically
 from ..grids import TimeGrid
@@ -272,6 +272,7 @@ def _problem(
     prompt, objective = PROMPT if prompt is None else prompt, resolve(LOSS if loss is None else loss)
     if not isinstance(prompt, str):
         raise InputError(f"prompt must be one text; got {prompt!r}")
+    check_prompts(pipe, [prompt])
     problem = of_pipeline(pipe, prompt, objective, over=over, seed=seed, **picture)
     guidance = picture["guidance_scale"]
     return problem, {
