@@ -39,7 +39,7 @@ def record(**changes: Any) -> dict[str, Any]:
 def test_a_mean_has_its_standard_error() -> None:
     # of 1, 2, 3, 4: variance 5/3, so the mean's error is sqrt(5/12)
     assert spread([1.0, 2.0, 3.0, 4.0]) == "2.50 ± 0.65"
-    assert spread([17000.0, 17100.0]) == "17050 ± 50"
+    assert spread([17000.0, 17100.0]) == "17\u202f050 ± 50"
     assert spread([2.5]) == "2.5"
     assert spread([2.5, None]) == "2.5"
     assert spread([None]) == "–"

@@ -20,6 +20,8 @@ from backdrift.report import figures, plot
         (0.0312345, "0.03123"),
         (-1.5, "−1.5"),
         (2.0, "2"),
+        (17208.4, "17\u202f208"),
+        (-3.0, "−3"),
         (1.234e-7, "1.234·10⁻⁷"),
         (-1.5e12, "−1.5·10¹²"),
         ("adamw", "adamw"),
@@ -27,6 +29,22 @@ from backdrift.report import figures, plot
 )
 def test_numbers(value: object, text: str) -> None:
     assert figures.number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (18000.0, "18\u202f000"),
+        (0.05, "0.05"),
+        (0, "0"),
+        (1e-6, "10⁻⁶"),
+        (2e-6, "2·10⁻⁶"),
+        (1e7, "10⁷"),
+        (0.0001, "0.0001"),
+    ],
+)
+def test_ticks(value: float, text: str) -> None:
+    assert figures.tick(value) == text
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_the_page_shows_the_gradient_at_the_steps(tmp_path: Path) -> None:
     run = optimized(tiny_sd(), tmp_path / "a", over="noise")
     page = run.report.read_text()
     assert "The gradient at the sampler" in page
-    assert 'aria-label="gradient norm by step, the noise left"' in page
+    assert 'aria-label="norm of the gradient by step, from noise (left) to picture"' in page
     record = json.loads((run.folder / "record.json").read_text())
     assert record["trace"]["iteration"] == 1
     assert len(record["trace"]["latents"]) == N + 1

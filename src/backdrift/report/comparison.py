@@ -51,6 +51,8 @@ def spread(values: Sequence[float | None]) -> str:
     if not 1e-6 < error < 1e6:
         return f"{figures.number(float(mean))} ± {figures.number(float(error), 2)}"
     decimals = max(0, 1 - math.floor(math.log10(error)))  # two digits of the error
+    if abs(mean) >= 1e4:
+        return f"{figures.grouped(mean, decimals)} ± {figures.grouped(error, decimals)}"
     return f"{mean:.{decimals}f} ± {error:.{decimals}f}".replace("-", "−")
 
 

@@ -17,13 +17,25 @@ def number(value: Any, digits: int = 4) -> str:
         return f"{value:,}".replace(",", "\u202f")  # narrow no-break space, as ISO 80000 groups digits
     if isinstance(value, float):
         if value == int(value) and abs(value) < 1e4:
-            return str(int(value))
+            return str(int(value)).replace("-", "−")
+        if 1e4 <= abs(value) < 1e6:
+            return grouped(value)
         text = f"{value:.{digits}g}"
         if "e" in text:
             mantissa, exponent = text.split("e")
             return f"{mantissa}·10{str(int(exponent)).translate(RAISED)}".replace("-", "−")
         return text.replace("-", "−")
     return str(value)
+
+
+def grouped(value: float, decimals: int = 0) -> str:
+    """``17 208``, with so many decimals."""
+    return f"{value:,.{decimals}f}".replace(",", "\u202f").replace("-", "−")  # a space as above
+
+
+def tick(value: float) -> str:
+    """A number at an axis: as :func:`number`, and a power of ten that is far from 1 as ``10⁻⁶``."""
+    return number(float(value)).removeprefix("1·")
 
 
 def seconds(value: float | None) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from .figures import number
+from .figures import number, tick
 
 Point = tuple[float, float]
 
@@ -32,7 +32,7 @@ class Axes:
     log: bool
     left: int = 54
     right: int = 14
-    top: int = 14
+    top: int = 30
     bottom: int = 38
     ticks: list[float] = field(default_factory=list)
 
@@ -104,25 +104,26 @@ def _axes(points: Sequence[Point], width: int, height: int) -> Axes:
             low, high = low - abs(low or 1) * 0.1, high + abs(high or 1) * 0.1
         ticks = _ticks(low, high, 5)
         low, high = min(low, ticks[0]), max(high, ticks[-1])
-    left = 14 + 7 * max((len(number(t)) for t in ticks), default=3)
+    left = 14 + 7 * max((len(tick(t)) for t in ticks), default=3)
     return Axes(width, height, (min(xs), max(xs)), (low, high), log, left=max(left, 40), ticks=ticks)
 
 
 def _grid(axes: Axes, label: str, across: str) -> list[str]:
     right, bottom = axes.width - axes.right, axes.height - axes.bottom
     parts = []
-    for tick in axes.ticks:
-        y = axes.at((axes.x[0], tick))[1]
+    for value in axes.ticks:
+        y = axes.at((axes.x[0], value))[1]
         if axes.top - 1 <= y <= bottom + 1:
             parts.append(f'<line class="grid" x1="{axes.left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            parts.append(_text("tick", axes.left - 8, y + 4, number(tick), "end"))
-    for tick in _ticks(*axes.x, 4 if axes.width < 500 else 8, whole=True):
-        if axes.x[0] <= tick <= axes.x[1]:
-            x = axes.at((tick, axes.y[0]))[0]
-            parts.append(_text("tick", x, bottom + 17, f"{tick:g}"))
+            parts.append(_text("tick", axes.left - 8, y + 4, tick(value), "end"))
+    for value in _ticks(*axes.x, 4 if axes.width < 500 else 8, whole=True):
+        if axes.x[0] <= value <= axes.x[1]:
+            x = axes.at((value, axes.y[0]))[0]
+            parts.append(_text("tick", x, bottom + 17, f"{value:g}"))
     middle = (axes.left + right) / 2
     scale = " (log scale)" if axes.log else ""
-    parts.append(_text("name", middle, axes.height - 3, f"{escape(across)} · {escape(label)}{scale}"))
+    parts.append(_text("name", middle, axes.height - 3, escape(across)))
+    parts.append(_text("name", 2, 14, f"{escape(label)}{scale}", "start"))
     return parts
 
 

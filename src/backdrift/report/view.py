@@ -32,7 +32,7 @@ def view(folder: Path, record: Mapping[str, Any], *, blur_flagged: bool = True) 
         for name, entry in (record.get("pictures") or {}).items()
     ]
     return {
-        "kind": record.get("kind", "run"),
+        "kind": str(record.get("kind", "run")).replace("-", " "),
         "title": record.get("title") or record.get("kind", "run"),
         "status": record.get("status", ""),
         "tone": STATUS.get(str(record.get("status")), "busy"),
@@ -121,7 +121,7 @@ def trace(record: Mapping[str, Any]) -> dict[str, Any]:
         ["it explodes: over 1000 times its size at the finished latents"] if found.get("exploding") else []
     )
     notes += [f"clipped at {len(found['clipped'])} boundaries"] if found.get("clipped") else []
-    label, across = "gradient norm", "step, the noise left"
+    label, across = "norm of the gradient", "step, from noise (left) to picture"
     return {
         "wide": draw(curves, width=760, height=220, label=label, across=across),
         "narrow": draw(curves, width=350, height=200, label=label, across=across),

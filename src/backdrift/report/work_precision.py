@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from .figures import number
+from .figures import number, tick
 from .plot import Point, _log_ticks, _text, _ticks
 
 WIDTH, HEIGHT = 380, 300
@@ -112,21 +112,21 @@ def _axis(values: Sequence[float], log: bool, start: float, length: float) -> _A
 def _grid(across: _Axis, up: _Axis, x: str, y: str) -> list[str]:
     right, bottom = WIDTH - _RIGHT, HEIGHT - _BOTTOM
     parts = []
-    for tick in _thinned(_log_ticks(up.low, up.high), 7):
-        height = up.at(tick)
+    for value in _thinned(_log_ticks(up.low, up.high), 7):
+        height = up.at(value)
         if _TOP - 1 <= height <= bottom + 1:
             parts.append(
                 f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{height:.1f}" y2="{height:.1f}"/>'
             )
-            parts.append(_text("tick", _LEFT - 8, height + 4, number(tick), "end"))
+            parts.append(_text("tick", _LEFT - 8, height + 4, tick(value), "end"))
     ticks = (
         _log_ticks(across.low, across.high) if across.log else _ticks(across.low, across.high, 6, whole=True)
     )
-    for tick in _thinned(ticks, 7):
-        place = across.at(tick)
+    for value in _thinned(ticks, 7):
+        place = across.at(value)
         if _LEFT - 1 <= place <= right + 1:
             parts.append(f'<line class="grid" y1="{_TOP}" y2="{bottom}" x1="{place:.1f}" x2="{place:.1f}"/>')
-            parts.append(_text("tick", place, bottom + 17, number(tick)))
+            parts.append(_text("tick", place, bottom + 17, tick(value)))
     parts.append(_text("name", (_LEFT + right) / 2, HEIGHT - 4, escape(x)))
     middle = (_TOP + bottom) / 2
     parts.append(
