@@ -77,6 +77,37 @@ def test_states_are_recomputed_along_the_noise_of_the_run() -> None:
     assert differences[1] < 0.75 * differences[0]
 
 
+def test_an_inner_point_has_its_part_of_the_steps_noise() -> None:
+    """Where the network says 0 a path is its noises alone. Between the nodes it is straight in rho, solved back as well
+    as stored."""
+    process, asked = SCHEDULES["linear"], list[tuple[float, torch.Tensor]]()
+
+    def silent(x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        asked.append((float(t[0]), x.detach().clone()))
+        return 0 * x
+
+    ways = []
+    for trajectory in ("stored", "recompute"):
+        x = torch.tensor([[1.0, -0.4, 0.7], [-0.3, 0.8, -1.1]], dtype=torch.float64, requires_grad=True)
+        method = AdjointDEIS(2, "S", r=0.4, trajectory=trajectory)
+        model, how = bd.Denoiser(silent, process), {"solver": bd.ExponentialEuler(), "grid": [0.8, 0.5, 0.2]}
+        solution = bd.sample(model, x, condition(), seed=5, gradient=method, trajectory=True, **how)
+        asked.clear()
+        solution.x0.sum().backward()
+        ways.append(list(asked))
+    assert solution.trajectory is not None
+    assert len(ways[0]) == 4
+    for (t, stored), (again, recomputed) in zip(*ways, strict=True):
+        assert t == again
+        torch.testing.assert_close(recomputed, stored, rtol=1e-12, atol=1e-12)
+    inner = {t: x / process.alpha(t) for t, x in ways[1] if t not in how["grid"]}
+    for (t, y), a, b in zip(inner.items(), (1, 0), (2, 1), strict=True):
+        rho = [float(process.rho(s)) for s in (how["grid"][a], t, how["grid"][b])]
+        ends = [solution.trajectory[i] / process.alpha(how["grid"][i]) for i in (a, b)]
+        straight = ends[0] + (rho[1] - rho[0]) / (rho[2] - rho[0]) * (ends[1] - ends[0])
+        torch.testing.assert_close(y, straight, rtol=1e-12, atol=1e-12)
+
+
 def test_noises_that_want_gradients_are_refused() -> None:
     process = SCHEDULES["linear"]
     model = bd.Denoiser(MixtureNetwork(process), process)

@@ -126,6 +126,8 @@ def test_subgrids() -> None:
     schedule = VP.discrete(torch.linspace(0.999, 0.01, 1000, dtype=torch.float64))
     times = [float(t) for t in range(990, -1, -10)] + [-1.0]  # a sampler's 100 calls, and the clean end
     assert subgrid("paper", 4, times[30:], schedule) == [690.0, 460.0, 230.0, 0.0, -1.0]
+    # Of 69 calls those number 0, 22.7, 45.3 and 68, rounded down.
+    assert subgrid("paper", 4, times[31:], schedule) == [680.0, 460.0, 230.0, 0.0, -1.0]
     assert subgrid("paper", 1, times[30:], schedule) == [690.0, -1.0]
     assert subgrid("paper", 4, times[97:], schedule) == [20.0, 10.0, 0.0, -1.0]
     assert subgrid("uniform", 4, times[19:], schedule) == [800.0, 600.0, 400.0, 200.0, -1.0]
