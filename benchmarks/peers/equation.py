@@ -18,15 +18,13 @@ from backdrift.forms import Form
 
 from .work import Work
 
-CLOCKS = ("time", "rho", "lam")
-
 
 class Equation(nn.Module):
     """One work's flow in one clock. The network is no submodule: shared tensors are handed over by name.
 
     Args:
         work: the work.
-        clock: one of :data:`CLOCKS`.
+        clock: ``"time"``, ``"rho"`` or ``"lam"``.
         times: falling nodes at which a solver will stop; at these the clock's inverse is exact.
     """
 
