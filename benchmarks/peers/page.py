@@ -319,7 +319,7 @@ def _precision(cells: Cells, path: Path) -> None:
 
 
 def _costs(costs: Costs, path: Path) -> None:
-    """Error against peak memory and, where it was measured, against time."""
+    """Error against peak memory and, where it was measured, time: each method in pale, each package's best front."""
     from matplotlib import use
 
     use("Agg")
@@ -339,28 +339,34 @@ def _costs(costs: Costs, path: Path) -> None:
         sharey=True,
         squeeze=False,
     )
-    markers = "osv^D*PXdp<>h8"
     for row, (label, measure) in zip(axes, kinds, strict=True):
         for axis, quantity in zip(row, quantities, strict=True):
-            seen: dict[str, int] = {}
-            for key in dict.fromkeys(c["method"] for c in cells):
-                package = split(key)[0]
-                seen[package] = seen.get(package, -1) + 1
-                points = [(measure(c), min(c["errors"][quantity], 10.0)) for c in cells if c["method"] == key]
-                known = [(x, y) for x, y in points if x is not None]
-                if known:
+            for package in dict.fromkeys(split(c["method"])[0] for c in cells):
+                colour, every = _COLOURS[package], []
+                for key in dict.fromkeys(c["method"] for c in cells if split(c["method"])[0] == package):
+                    points = [
+                        (measure(c), min(c["errors"][quantity], 10.0)) for c in cells if c["method"] == key
+                    ]
+                    known = [(x, y) for x, y in points if x is not None]
+                    if known:
+                        axis.plot(
+                            *zip(*known, strict=True),
+                            "-o",
+                            color=colour,
+                            alpha=0.25,
+                            markersize=2.5,
+                            linewidth=0.7,
+                        )
+                    every += known
+                if every:
                     axis.plot(
-                        *zip(*known, strict=True), f"-{markers[seen[package] % len(markers)]}", markersize=4,
-                        linewidth=0.8, color=_COLOURS[package], label=" | ".join(split(key)),
-                    )  # fmt: skip
+                        *zip(*_front(every), strict=True), "-", color=colour, linewidth=1.8, label=package
+                    )
             axis.set(xscale="log", yscale="log", xlabel=label, title=f"gradient by {quantity}")
             plain_ticks(axis.xaxis)
             axis.grid(alpha=0.25)
         row[0].set_ylabel("relative error to the true flow's gradient")
+    axes[0][0].legend(fontsize=8, frameon=False, loc="lower right")
     figure.tight_layout()
-    handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(
-        handles, names, fontsize=6, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0), ncol=2
-    )
     figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
     pyplot.close(figure)
