@@ -22,11 +22,12 @@ from .hpsv2 import HPSv2
 from .identity import Identity
 from .image_reward import ImageReward
 from .in_parts import InParts
-from .mse import MSE, load_picture
+from .mse import MSE
 from .perceptual import Perceptual, VGGContent, VGGStyle
 from .photographs import photograph, photographs
 from .pickscore import PickScore
 from .preference import Preference
+from .reading import load_picture
 from .registry import kinds, register
 from .resize import prepare, resize
 from .spec import resolve

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import InputError
 from .base import Loss, check_images
-from .photographs import photograph
+from .reading import load_picture
 from .registry import register
 from .resize import resize
 
@@ -20,16 +19,17 @@ class MSE(Loss):
     """Mean over pixels and channels of ``(image - target)^2``.
 
     Args:
-        target: ``(3, H, W)`` or ``(N, 3, H, W)`` in [0, 1]; one target serves every sample. A target of
-            another size but the same proportions is resized (antialiased) to the pictures'.
+        target: ``(3, H, W)`` or ``(N, 3, H, W)`` in [0, 1], or a PIL picture; one target serves every sample. A target
+            of another size but the same proportions is resized (antialiased) to the pictures'.
 
     Raises:
         InputError: When the target is no picture, has other proportions than the pictures, or when there
             are several targets but not one for each picture.
     """
 
-    def __init__(self, target: Tensor) -> None:
+    def __init__(self, target: Any) -> None:
         super().__init__()
+        target = load_picture(target) if hasattr(target, "getbands") else target
         if not isinstance(target, Tensor) or not target.is_floating_point() or target.ndim not in (3, 4):
             raise InputError(
                 "The target of the loss 'mse' must be a floating-point tensor (3, H, W) or (N, 3, H, W), got "
@@ -62,31 +62,3 @@ class MSE(Loss):
         if len(target) not in (1, len(images)):
             raise InputError(f"The loss 'mse' has {len(target)} targets for {len(images)} pictures.")
         return (images - resize(target, (height, width))).square().flatten(1).mean(1)
-
-
-def load_picture(path: str | Path) -> Tensor:
-    """A picture as a float32 tensor ``(3, H, W)`` in [0, 1]; transparency is laid on white.
-
-    Args:
-        path: A picture file; or the name of a photograph that an installed scikit-image or scikit-learn carries, such
-            as ``skimage/coffee`` (a file of that path comes first).
-
-    Raises:
-        InputError: When the file is missing or is not a picture, or there is no such photograph.
-    """
-    import numpy
-    from PIL import Image, UnidentifiedImageError
-
-    given, path = path, Path(path).expanduser()
-    if not path.is_file():
-        found = photograph(given)
-        if found is None:
-            raise InputError(f"The picture {str(path)!r} does not exist (seen from {Path.cwd()}).")
-        path = found
-    try:
-        with Image.open(path) as opened:
-            picture = opened.convert("RGBA")
-    except (UnidentifiedImageError, OSError) as error:
-        raise InputError(f"{str(path)!r} cannot be read as a picture: {error}") from error
-    flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return torch.from_numpy(numpy.asarray(flat).copy()).permute(2, 0, 1).float() / 255

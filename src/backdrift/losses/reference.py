@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..errors import InputError
-from .base import check_images
-from .mse import load_picture
+from .base import check_images, check_range
+from .reading import load_picture
 
-#: A picture in [0, 1], ``(3, H, W)`` or ``(K, 3, H, W)``, or a picture file's path or a photograph's name.
-Picture = Tensor | str | Path
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    #: A picture in [0, 1], ``(3, H, W)`` or ``(K, 3, H, W)``; a picture file's path or a photograph's name; or PIL's.
+    Picture = Tensor | str | Path | Image
+else:
+    Picture = Any
 
 
 def as_pictures(given: Picture, name: str) -> Tensor:
     """``(K, 3, H, W)``, floating point.
 
     Args:
-        given: A picture file, a photograph's name (:func:`~.photographs.photograph`), or a tensor ``(3, H, W)`` or
-            ``(K, 3, H, W)`` in [0, 1].
+        given: A picture file, a photograph's name (:func:`~.photographs.photograph`), a PIL picture, or a tensor
+            ``(3, H, W)`` or ``(K, 3, H, W)`` in [0, 1].
         name: Of the loss, for the message.
 
     Raises:
-        InputError: When it is none of these, or the file cannot be read.
+        InputError: When it is none of these, the file cannot be read, or the tensor is on another scale.
     """
-    if isinstance(given, str | Path):
-        if not str(given):
+    if isinstance(given, str | Path) or hasattr(given, "getbands"):
+        if isinstance(given, str) and not given:
             raise InputError(
                 f"The loss {name!r} needs a reference picture: {name}:path/to/picture.png, or a photograph's name, "
                 f"{name}:skimage/coffee."
@@ -35,11 +41,12 @@ def as_pictures(given: Picture, name: str) -> Tensor:
     if not isinstance(given, Tensor) or given.ndim not in (3, 4):
         got = f"{tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
         raise InputError(
-            f"The reference of the loss {name!r} must be a picture file or a tensor (3, H, W) or "
-            f"(K, 3, H, W) in [0, 1], got {got}."
+            f"The reference of the loss {name!r} must be a picture file or a tensor (3, H, W) or (K, 3, H, W) in "
+            f"[0, 1], or a PIL picture; got {got}."
         )
     pictures = given.detach() if given.ndim == 4 else given.detach()[None]
     check_images(pictures)
+    check_range(pictures, f"{name}, for its reference,")
     return pictures
 
 

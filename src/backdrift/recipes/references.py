@@ -11,22 +11,23 @@ from torch import Tensor
 from ..descent.subject import check_prompts, picture_size, sampler_call
 from ..errors import InputError
 from ..losses import load_picture, resize
+from ..losses.reference import Picture
 
 MADE = "made:"
 
 
-def open_reference(given: str | Path | Tensor) -> tuple[Tensor, str]:
+def open_reference(given: Picture) -> tuple[Tensor, str]:
     """The picture (3, H, W) in [0, 1], and what to call it.
 
     Args:
         given: a picture file, a photograph's name (:func:`backdrift.losses.photograph`, such as ``"skimage/coffee"``),
-            or a tensor (3, H, W) in [0, 1].
+            a PIL picture, or a tensor (3, H, W) in [0, 1].
 
     Raises:
         InputError: it is none of these.
     """
     if not isinstance(given, Tensor):
-        return load_picture(given), str(given)
+        return load_picture(given), str(given) if isinstance(given, str | Path) else "a picture"
     if given.ndim != 3 or len(given) != 3 or not given.is_floating_point():
         raise InputError(
             f"A reference is a floating-point picture (3, H, W) in [0, 1], got {given.dtype} {tuple(given.shape)}."
