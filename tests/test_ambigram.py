@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from backdrift.descent.randomness import seeded
 from backdrift.errors import InputError
-from backdrift.losses import Ambigram
 from backdrift.recipes import ambigram
 from backdrift.recipes.ambigram import Jittered
 from backdrift.recipes.ddim import DDIM
@@ -21,25 +20,7 @@ from backdrift.recipes.one_step import OneStep, calls_of, guide_one_step
 from backdrift.recipes.reading import move, read, reads_both_ways, shift, views
 from backdrift.run import Run
 from tiny_pipelines import PICTURE, noise_for, tiny_sd
-
-
-class TopOrBottom(nn.Module):
-    """Class 0 ("top") where the upper half is brighter, class 1 ("bottom") where the lower is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(20.0))
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        half = images.shape[-2] // 2
-        difference = images[..., :half, :].flatten(1).mean(1) - images[..., half:, :].flatten(1).mean(1)
-        return {"digit": torch.stack([difference, -difference], 1) * self.scale}
-
-
-def reader(upright: str = "top", turned: str = "bottom") -> Ambigram:
-    from backdrift.losses import Classifier
-
-    return Ambigram(upright, turned, Classifier(TopOrBottom(), {"digit": ["top", "bottom"]}))
+from top_or_bottom import reader
 
 
 def bright(half: str) -> Tensor:

@@ -19,8 +19,8 @@ from training.judge import SIDE, ShapeJudge, drawn, ink
 from training.scenes import DIGITS
 
 from backdrift.recipes import ambigram
-from test_ambigram import reader
 from tiny_pipelines import PICTURE, tiny_sd
+from top_or_bottom import reader
 
 WHITE, RED = torch.ones(3), torch.tensor([0.8, 0.1, 0.2])
 

@@ -11,11 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import backdrift as bd
 from backdrift.errors import BudgetError
 from backdrift.verification.memory import LiveStorages
+from pipeline_calls import assert_equal, call_arguments, loss_of, plain
 from tiny_pipelines import (
     LATENT,
-    PICTURE,
-    embeds_for,
-    noise_for,
     tiny_controlnet,
     tiny_flux,
     tiny_sd,
@@ -38,41 +36,11 @@ SCHEDULERS = [
     "DPMSolverMultistepScheduler",
 ]
 PLANS = ["min", 1_600_000, "max"]
-SIZE = {"height": PICTURE, "width": PICTURE}
 
 
 def denoiser(pipe: Any) -> tuple[str, torch.nn.Module]:
     name = "unet" if hasattr(pipe, "unet") else "transformer"
     return name, getattr(pipe, name)
-
-
-def call_arguments(pipe: Any, steps: int = 3, seed: int = 0) -> tuple[dict[str, Any], list[torch.Tensor]]:
-    """Keywords of a call, and the tensors among them that get gradients (fresh leaves each time)."""
-    embeds = {k: v.requires_grad_() for k, v in embeds_for(pipe).items()}
-    leaves = list(embeds.values())
-    arguments: dict[str, Any] = {**embeds, "num_inference_steps": steps}
-    arguments["generator"] = torch.Generator().manual_seed(seed)
-    name = type(pipe).__name__
-    if "Img2Img" in name or "ControlNet" in name:
-        image = torch.rand(1, 3, PICTURE, PICTURE, generator=torch.Generator().manual_seed(1))
-        arguments["image"] = image.requires_grad_()
-        leaves.append(image)
-    if "Img2Img" in name:
-        arguments["strength"] = 0.8
-    else:
-        arguments["latents"] = noise_for(pipe).requires_grad_()
-        leaves.append(arguments["latents"])
-        arguments |= SIZE
-    return arguments, leaves
-
-
-def plain(pipe: Any, **arguments: Any) -> torch.Tensor:
-    return type(pipe).__call__.__wrapped__(pipe, output_type="pt", **arguments).images
-
-
-def loss_of(images: torch.Tensor) -> torch.Tensor:
-    weights = torch.linspace(-1, 1, images.numel()).reshape(images.shape)
-    return (images * weights).sum() + images.square().sum()
 
 
 def reference(pipe: Any, **kwargs: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -93,12 +61,6 @@ def differentiated(pipe: Any, memory: Any, train: bool = True, **kwargs: Any) ->
     weights = list(network.parameters()) if train else []
     grads = torch.autograd.grad(loss_of(images), [*leaves, *weights], allow_unused=True)
     return images, list(grads), run
-
-
-def assert_equal(found: list[torch.Tensor | None], expected: list[torch.Tensor | None]) -> None:
-    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
-        assert (a is None) == (b is None), i
-        assert a is None or torch.equal(a, b), (i, (a - b).abs().max())
 
 
 # ---------------------------------------------------------------------------- the same bits

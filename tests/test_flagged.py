@@ -17,9 +17,9 @@ from backdrift.cli import app
 from backdrift.errors import InputError
 from backdrift.recipes import Pair, ambigram, effect_pairs
 from backdrift.run import Run
-from test_ambigram import reader
-from test_report import Page
+from html_page import Page
 from tiny_pipelines import PICTURE, noise_for, tiny_sd
+from top_or_bottom import reader
 
 SMALL: dict[str, Any] = {"num_inference_steps": 1, "steps": 1, "progress": False}
 

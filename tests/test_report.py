@@ -10,7 +10,6 @@ import json
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,45 +19,7 @@ from PIL import Image
 
 from backdrift import report
 from backdrift.errors import InputError
-
-# ---- the page ----------------------------------------------------------------------------------------
-
-
-class Page(HTMLParser):
-    """What a page refers to and says, and whether its tags are balanced."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.links: list[str] = []
-        self.images: list[dict[str, str | None]] = []
-        self.open: list[str] = []
-        self.words: list[str] = []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        if tag not in ("meta", "img", "br", "hr"):
-            self.open.append(tag)
-        for name, value in attrs:
-            if name in ("src", "href", "srcset", "action", "data", "poster"):
-                self.links.append(value or "")
-        if tag == "img":
-            self.images.append(dict(attrs))
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"[ \n]+", " ", " ".join(self.words))
+from html_page import Page
 
 
 def record(**changes: Any) -> dict[str, Any]:

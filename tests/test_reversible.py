@@ -13,7 +13,7 @@ import backdrift as bd
 from backdrift.conditioning import PerStep
 from backdrift.errors import InputError, NonFiniteError
 from backdrift.forms import Form, Node
-from backdrift.solvers import RK4, Euler, Heun, Midpoint, ReversibleSolver, Solver, Stepper
+from backdrift.solvers import Euler, Heun, Midpoint, Solver, Stepper
 from problems import (
     SCHEDULES,
     GaussianNetwork,
@@ -24,17 +24,10 @@ from problems import (
     toy_denoiser,
     toy_inputs,
 )
+from reversible_runs import SOLVERS
 from side_by_side import known, run, slopes
 
 SCHEDULE = SCHEDULES["linear"]
-SOLVERS: dict[str, ReversibleSolver] = {
-    "MF(Euler)": bd.McCallumFoster(Euler()),
-    "MF(Heun)": bd.McCallumFoster(),
-    "MF(Midpoint)": bd.McCallumFoster(Midpoint()),
-    "MF(RK4)": bd.McCallumFoster(RK4()),
-    "EDICT": bd.EDICT(),
-    "ReversibleHeun": bd.ReversibleHeun(),
-}
 
 
 def mixture(dtype: torch.dtype = torch.float64) -> tuple[bd.Denoiser, Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import backdrift as bd
 from backdrift.pipelines.stepping import steps_of_passes
-from test_differentiable import assert_equal, loss_of
+from pipeline_calls import assert_equal, loss_of
 from tiny_families import tiny_stable_audio, tiny_wan
 from tiny_pipelines import (
     PICTURE,

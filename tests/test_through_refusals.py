@@ -12,7 +12,7 @@ import torch
 
 import backdrift as bd
 from backdrift.errors import InputError, MissingGradientError, UnsupportedError
-from test_differentiable import assert_equal, loss_of
+from pipeline_calls import assert_equal, loss_of
 from tiny_families import tiny_wan
 from tiny_pipelines import (
     TOKENS,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import backdrift as bd
-from test_differentiable import loss_of
+from pipeline_calls import loss_of
 from tiny_pipelines import (
     embeds_for,
     noise_for,

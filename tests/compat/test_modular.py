@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_families import blocks_with_gradients
+from by_hand import blocks_with_gradients
 from torch import Tensor
 from traps import Trap
 

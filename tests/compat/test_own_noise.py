@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_families import drawing
+from by_hand import drawing
 from torch import Tensor
 from traps import Trap
 
