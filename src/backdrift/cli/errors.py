@@ -66,4 +66,4 @@ def explain(error: Exception) -> tuple[str, int]:
 def _say(message: str) -> None:
     sys.stdout.flush()
     colour = typer.colors.RED if message.startswith("Error") else typer.colors.YELLOW
-    typer.secho(message, err=True, fg=None if os.environ.get("NO_COLOR") else colour)
+    typer.echo(message if os.environ.get("NO_COLOR") else typer.style(message, fg=colour), err=True)
