@@ -147,6 +147,12 @@ def test_a_label_that_the_classifier_does_not_know() -> None:
     refused(bad("class", "--classifier", "no/such-model"), "no/such-model")
 
 
+def test_a_loss_beside_the_subjects_that_is_unknown() -> None:
+    refused(
+        call("object", *TASKS["object"], "--also", "0.1*clas:two", "--out", "run"), "Did you mean 'class'?"
+    )
+
+
 def test_guided_steps_and_estimates_that_do_not_fit() -> None:
     refused(bad("style", "--start", "0.8", "--stop", "0.5"), "start < stop")
     refused(bad("style", "--stop", "1.5"), "start < stop")

@@ -271,6 +271,18 @@ def test_applications_lower_their_loss_on_the_finished_picture(kind: str, tmp_pa
     assert len(run.record["comparison"]["scores"]) >= 3
 
 
+def test_a_loss_beside_the_subjects(tmp_path: Path) -> None:
+    pipe, sampling = bd.load(), Sampling(samples=1, seed=7, progress=False, out=tmp_path / "also", strip=0)
+    blue = made(pipe, "a blue two on grass", seed=1, num_inference_steps=6)
+    run = guide_object(pipe, "a digit on white", blue, SHORT, sampling, also="0.1*class:two")
+    assert run.record["settings"]["also"] == "0.1*class:two"
+    subject, label = CLIPImage(blue), bd.losses.resolve("class:two")
+    for name in NAMES:
+        images = run.tensors(name)["images"].clamp(0, 1)
+        sums = subject(images) + 0.1 * label(images)
+        assert run.record["variants"][name]["scores"]["loss"] == pytest.approx(sums.tolist(), rel=1e-5)
+
+
 # ---- what is refused ---------------------------------------------------------------------------------
 
 

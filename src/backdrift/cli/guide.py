@@ -150,6 +150,10 @@ class ObjectSettings(GuideSettings):
         "white', which the model makes itself from another seed.",
     )
     judge: str | None = Field(None, description="Another CLIP, which judges and does not guide.")
+    also: str | None = Field(
+        None, description="A loss that is added to the subject's, such as 0.1*class:two: what a small CLIP misses.",
+        json_schema_extra={"complete": "losses"},
+    )  # fmt: skip
 
 
 class ClassSettings(GuideSettings):
@@ -195,9 +199,11 @@ def aesthetic(settings: AestheticSettings) -> None:
 
 def object_(settings: ObjectSettings) -> None:
     """Pictures of a prompt with the subject of one reference picture (its angle in CLIP's space)."""
+    from ..losses import resolve
     from ..recipes import guided_object as recipe
     from ..recipes.references import MADE, made, open_reference
 
+    also = None if settings.also is None else resolve(settings.also)  # a bad name costs no time
     itself = settings.reference.startswith(MADE)
     if not itself:
         open_reference(settings.reference)
@@ -224,6 +230,7 @@ def object_(settings: ObjectSettings) -> None:
         _sampling(settings),
         clip=clip,
         judge=judge,
+        also=also,
         name=settings.reference,
     )
     _finish(run, settings, how, "guide object")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..descent.subject import describe_value
 from ..guidance.measured import STRENGTHS
-from ..losses import CLIPImage, load_classifier, resize
+from ..losses import CLIPImage, Loss, load_classifier, resize, resolve
 from ..run import Run
 from .guiding import Guiding, Sampling, Task, compare
 from .judges import Judge, clip_score, image_likeness, open_clip, read_as
@@ -41,6 +41,7 @@ def guide_object(
     *,
     clip: str | None = None,
     judge: str | None = None,
+    also: Any = None,
     name: str | None = None,
 ) -> Run:
     """Sample ``prompt`` with the subject of ``reference``: unguided, by one-step and by n-step guidance.
@@ -52,6 +53,8 @@ def guide_object(
             :class:`~.guiding.Sampling`.
         clip: folder or hub id of the CLIP that guides (:data:`PAPER_CLIP`); the built-in one for None.
         judge: another CLIP, which judges likeness to the reference and to the prompt; default the guiding one.
+        also: a loss that is added to the subject's, such as ``"0.1*class:two"``: what the CLIP alone misses. What it
+            looks at judges no longer.
         name: what to call the reference; default the file's.
 
     Returns:
@@ -63,7 +66,9 @@ def guide_object(
     sampling = sampling or Sampling()
     picture, found = open_reference(reference)
     name = name or found
-    loss = CLIPImage(picture, clip)
+    loss: Loss = CLIPImage(picture, clip)
+    if also is not None:
+        loss = resolve([(1.0, loss), (1.0, also)])
     whole = open_clip(judge if judge is not None else clip)
     judges = [image_likeness(picture, clip, "CLIP-I")]
     if judge is not None:
@@ -76,7 +81,8 @@ def guide_object(
         f"guide object: {prompt}, as in {name}",
         loss,
         tuple(judges),
-        {"reference": name, "reference_picture": describe_value(picture), "clip": clip, "judge": judge},
+        {"reference": name, "reference_picture": describe_value(picture), "clip": clip, "judge": judge}
+        | ({} if also is None else {"also": resolve(also).spec}),
         (centre(picture), f"the subject: {name}"),
     )
     return compare(pipe, prompt, task, how, sampling)
