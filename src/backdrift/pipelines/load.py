@@ -85,16 +85,19 @@ def _dtype_keyword() -> str:
 
 @contextlib.contextmanager
 def _no_loading_bars() -> Iterator[None]:
-    """The built-in weights load in a moment: bars for them would only be noise."""
+    """The built-in weights load in a moment: bars for them, and notices about parts they lack, would only be noise."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     both = [m for m in (diffusers_logging, transformers_logging) if m.is_progress_bar_enabled()]
     for module in both:
         module.disable_progress_bar()
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(level)
         for module in both:
             module.enable_progress_bar()
 
