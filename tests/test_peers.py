@@ -15,7 +15,7 @@ from benchmarks.peers.__main__ import app
 from benchmarks.peers.bench import KINDS, Bench
 from benchmarks.peers.lineup import all_methods, line_up
 from benchmarks.peers.method import Counts, Method, of_torch
-from benchmarks.peers.page import blocks, counts, is_ours, reach_table, targets
+from benchmarks.peers.page import OURS, blocks, counts, reach_table, split, targets
 from benchmarks.peers.problems import digits, mixture, relative_errors, small_unet, true_gradients
 from benchmarks.peers.reach import TARGET, cheapest, search
 from benchmarks.peers.work import Work
@@ -274,7 +274,7 @@ def test_a_run_is_saved_and_taken_up(tmp_path: Path) -> None:
     assert twice["times"][: len(once["times"])] == once["times"]
     assert len(twice["times"]) == 2 * len(once["times"]) == 4
     assert all(c["peak_bytes"] > 0 for c in twice["memory"])
-    assert all(c["same_bits"] and is_ours(c["method"]) for c in twice["memory"])
+    assert all(c["same_bits"] and split(c["method"])[0] == OURS for c in twice["memory"])
 
 
 def test_the_line_up_is_among_all_methods() -> None:

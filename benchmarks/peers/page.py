@@ -37,11 +37,6 @@ def split(key: str) -> tuple[str, str, str]:
     return package, name, setting
 
 
-def is_ours(key: str) -> bool:
-    """Whether a method is backdrift's."""
-    return split(key)[0] == OURS
-
-
 def blocks(folder: Path) -> dict[str, str]:
     """What stands between the page's markers, by marker."""
     found = {

@@ -128,7 +128,6 @@ class Watch:
 
     def __init__(self, trace: Trace) -> None:
         self.trace, self.chosen = trace, Chosen(0, ())
-        self._leaves: list[Any] = []
 
     def begin(self, chosen: Chosen | None) -> None:
         """The run knows its steps; None if it does not."""
