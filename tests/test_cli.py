@@ -97,6 +97,19 @@ def test_generate_is_the_pipelines_own_picture_and_repeats(model: str, tmp_path:
     assert next((tmp_path / "three").glob("*.png")).read_bytes() == first.read_bytes()
 
 
+def test_built_in_pipelines_are_guided_as_their_cards_say(tmp_path: Path) -> None:
+    for out, more in (
+        ("own", ()),
+        ("three", ("--guidance-scale", "3")),
+        ("more", ("--guidance-scale", "7.5")),
+    ):
+        made = call("generate", "a red two", "--num-inference-steps", "2", "--out", out, *more)
+        assert made.exit_code == 0, made.output
+    own, three, more = (next((tmp_path / n).glob("*.png")).read_bytes() for n in ("own", "three", "more"))
+    assert own == three
+    assert own != more
+
+
 def test_optimize_writes_what_the_library_would(model: str, tmp_path: Path) -> None:
     result = call(
         "optimize", "a b", "--loss", "brightness:0.9", "--model", model, *STEPS, "--out", "run", "--lr", "0.3"

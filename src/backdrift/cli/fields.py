@@ -23,6 +23,10 @@ SHOW_FLAGGED: Any = Field(
 )
 
 
+BUILT_IN = ("sd", "flow")
+BUILT_IN_GUIDANCE = 3.0  # what the cards of the built-in pipelines recommend
+
+
 THROUGH: Any = Field(
     "all",
     description="Which steps of the sampler carry the gradient: all, last:3, random:3, steps:0,5,-1; with options such "
@@ -46,10 +50,17 @@ class Sampling(Settings):
     guidance_scale: float | None = Field(
         None,
         description="Scale of classifier-free guidance.",
-        json_schema_extra={"default": "the pipeline's"},
+        json_schema_extra={"default": "the pipeline's; for the built-in ones 3"},
     )
     negative_prompt: str | None = Field(None, description="What the pictures should not show.")
     show_flagged: bool = SHOW_FLAGGED
+
+    @property
+    def guidance(self) -> float | None:
+        """The scale of guidance; None for the pipeline's own."""
+        if self.guidance_scale is None and self.model in BUILT_IN:
+            return BUILT_IN_GUIDANCE
+        return self.guidance_scale
 
 
 class Descending(Sampling):

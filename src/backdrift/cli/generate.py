@@ -78,7 +78,7 @@ def _pictures(
     more = (
         {"negative_prompt": [settings.negative_prompt] * len(prompts)} if settings.negative_prompt else None
     )
-    call = sampler_call(pipe, height, width, settings.num_inference_steps, settings.guidance_scale, more)
+    call = sampler_call(pipe, height, width, settings.num_inference_steps, settings.guidance, more)
     text: dict[str, Any] = {"prompt": prompts}
     if embedding is not None:
         text = embedding.call(pipe, prompts)

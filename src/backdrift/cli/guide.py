@@ -12,11 +12,10 @@ from pydantic import Field, field_validator
 from ..errors import InputError
 from .command import command
 from .config import Settings
-from .fields import SHOW_FLAGGED
+from .fields import BUILT_IN, SHOW_FLAGGED
 from .finish import finish
 from .pipeline import open_pipeline
 
-BUILT_IN = ("sd", "flow")
 #: What judges, and guides a style, where pictures come from a model that is not built in.
 CLIP = "openai/clip-vit-base-patch32"
 

@@ -14,6 +14,8 @@ from .fields import Descending, Strings
 from .finish import finish
 from .pipeline import open_pipeline
 
+PAPER_GUIDANCE = 7.5
+
 
 class InvertSettings(Descending):
     """Settings of ``invert``."""
@@ -35,7 +37,11 @@ class InvertSettings(Descending):
         description="Instead of --pairs: words that the pipeline makes the targets with, from the same noise, "
         "such as 'in black and white'.",
     )
-    guidance_scale: float = Field(7.5, description="Scale of classifier-free guidance.")
+    guidance_scale: float | None = Field(
+        None,
+        description="Scale of classifier-free guidance.",
+        json_schema_extra={"default": "7.5; for the built-in pipelines 3"},
+    )
     slots: str = Field(
         "output",
         pattern="^(output|tokens)$",
@@ -69,6 +75,7 @@ def invert(settings: InvertSettings) -> None:
         raise InputError(
             "--effect needs at least one prompt, as in: backdrift invert 'a red seven' --effect blurred"
         )
+    guidance = PAPER_GUIDANCE if settings.guidance is None else settings.guidance
     pipe = open_pipeline(settings)
     from ..recipes import effect_pairs
     from ..recipes import invert as run_it
@@ -77,7 +84,7 @@ def invert(settings: InvertSettings) -> None:
         pairs = effect_pairs(
             pipe, settings.prompt, settings.effect, height=settings.height, width=settings.width,
             seeds=list(range(settings.seed, settings.seed + len(settings.prompt))),
-            num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
+            num_inference_steps=settings.num_inference_steps, guidance_scale=guidance,
             pipeline_kwargs=settings.descent()["pipeline_kwargs"],
         )  # fmt: skip
     run = run_it(
@@ -87,7 +94,7 @@ def invert(settings: InvertSettings) -> None:
         n_slots=settings.n_slots,
         placeholder=settings.placeholder,
         init=settings.init,
-        guidance_scale=settings.guidance_scale,
+        guidance_scale=guidance,
         encode_iterations=settings.encode_iterations,
         **settings.descent(),
     )

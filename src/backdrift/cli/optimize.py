@@ -64,7 +64,7 @@ def optimize(settings: OptimizeSettings) -> None:
         over=settings.over[0] if len(settings.over) == 1 else settings.over,
         batch_size=settings.batch_size,
         rank=settings.rank,
-        guidance_scale=settings.guidance_scale,
+        guidance_scale=settings.guidance,
         noise_prior=settings.noise_prior,
         enough=settings.enough,
         heldout=heldout,
