@@ -57,9 +57,10 @@ def test_all_refusals_are_told_not_only_the_first() -> None:
         bd.differentiable(pipe)
 
 
-def test_offloading_is_handled_or_refused() -> None:
+@pytest.mark.parametrize("layers", [False, True])
+def test_offloading_is_handled(layers: bool) -> None:
     pipe = tiny_sd()
-    pipe.enable_model_cpu_offload(device="cpu")
+    (pipe.enable_sequential_cpu_offload if layers else pipe.enable_model_cpu_offload)(device="cpu")
     hooks = {name: m._hf_hook for name, m in pipe.components.items() if hasattr(m, "_hf_hook")}
     checkup = bd.doctor(pipe, directions=1)
     assert checkup.ok, checkup.table()
@@ -68,12 +69,6 @@ def test_offloading_is_handled_or_refused() -> None:
         assert getattr(pipe, key)._hf_hook is hooks[key]
     assert checkup["beside plain autograd"].figures["relative difference"] == 0.0
     assert checkup["by the noise"].status == "ok"
-    pipe = tiny_sd()
-    pipe.unet.enable_group_offload(torch.device("cpu"), torch.device("cpu"), "leaf_level")
-    checkup = bd.doctor(pipe)
-    (row,) = checkup.refused
-    assert "group offloading" in row.found
-    assert "load the pipeline again without it" in row.advice
 
 
 def test_caches_are_handled_and_keep_their_state() -> None:

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from .ambient import Ambient
 from .errors import InputError, StateChangedError
-from .residence import Place, Residence, place_of
+from .residence import Place, Residence
 from .weights import Weights
 
 Level = Literal["whole", "block", "resnet"]
@@ -60,10 +60,10 @@ def install(module: nn.Module, level: Level, residence: Residence | None = None)
 
 
 @contextmanager
-def installed(module: nn.Module, level: Level) -> Iterator[None]:
+def installed(module: nn.Module, level: Level, residence: Residence | None = None) -> Iterator[None]:
     """The same inside the block only."""
     found = units(module, level)
-    install(module, level)
+    install(module, level, residence)
     try:
         yield
     finally:
@@ -126,6 +126,7 @@ class _Group:
     def __init__(self, residence: Residence | None) -> None:
         # The call that a unit is redone for holds it; a unit's module is in a cycle, which only the collector frees.
         self.residence = None if residence is None else weakref.ref(residence)
+        self.turns = None if residence is None else residence.turns
         self.last: weakref.ref[_Pass] | None = None
 
     def begin(self, redone: _Pass, task: int) -> None:
@@ -150,7 +151,7 @@ class _Unit:
     def weights(self) -> Weights:
         """Its weights as they are now; calls that find them unchanged share one snapshot."""
         if self._weights is None or not self._weights.unchanged():
-            self._weights = Weights([(self.name, self.module)], owned=True)
+            self._weights = Weights([(self.name, self.module)], owned=True, turns=self.group.turns)
         return self._weights
 
 
@@ -209,7 +210,9 @@ class _Pass:
     def pack(self, tensor: torch.Tensor) -> _Ticket:
         index, self.count = self.count, self.count + 1
         weight = tensor.untyped_storage()._cdata in self.weights.storages
-        return _Ticket(self, index, tensor.detach() if weight else None, tensor._version, place_of(tensor))
+        turns = self.unit.group.turns
+        place = None if turns is None else turns.place_of(tensor)
+        return _Ticket(self, index, tensor.detach() if weight else None, tensor._version, place)
 
     def unpack(self, ticket: _Ticket) -> torch.Tensor:
         if ticket.place is not None:
@@ -244,7 +247,12 @@ class _Pass:
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         store: list[torch.Tensor | None] = []
 
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
+        turns = self.unit.group.turns
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor | None:
+            if turns is not None and turns.place_of(tensor) is not None:
+                store.append(None)  # what has a place is not asked for
+                return None
             store.append(tensor.detach())
             return tensor.detach()
 
@@ -252,7 +260,7 @@ class _Pass:
         with (
             self.weights.restored(),
             torch.enable_grad(),
-            nullcontext() if residence is None else residence.entered(),
+            nullcontext() if residence is None else residence.over(self.unit.module),
             self.ambient.restored(),
             torch.autograd.graph.saved_tensors_hooks(keep, _same),
         ):

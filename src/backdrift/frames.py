@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from .ambient import Ambient
 from .errors import StateChangedError
 from .parking import Parked, View, parkable
-from .residence import Place, place_of
+from .residence import Place, Turns
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -58,8 +58,10 @@ class Frame:
         spec: Any,
         weights: Weights,
     ) -> None:
+        turns: Turns | None = None,
         self.ledger, self.role, self.fn, self.weights = ledger, role, fn, weights
         self.leaves, self.spec = leaves, spec
+        self.turns = turns
         self.tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         self.versions = [t._version for t in self.tensors]
         self.flags = [t.requires_grad for t in self.tensors]
@@ -79,7 +81,9 @@ class Frame:
         """Replace a tensor that autograd saves (the first hook)."""
         ticket, tickets = _Ticket(), self.tickets
         ticket.frame, ticket.index = self, len(tickets)
-        ticket.version, ticket.place = tensor._version, place_of(tensor)
+        ticket.version, ticket.place = tensor._version, None
+        if self.turns is not None:
+            ticket.place = self.turns.place_of(tensor)
         if ticket.place is not None:
             ticket.tensor = None
             tickets.append(None)
@@ -225,11 +229,13 @@ class Frame:
         store: list[tuple[torch.Tensor, int] | None] = [None] * len(tickets)
         position = 0
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
+        def pack(tensor: torch.Tensor) -> torch.Tensor | None:
             nonlocal position
             i, position = position, position + 1
             detached = tensor.detach()
             ticket = tickets[i] if i < len(tickets) else None
+            if self.turns is not None and self.turns.place_of(tensor) is not None:
+                return None  # this run's own graph, which nobody goes back through, would keep the weight here
             if ticket is not None:
                 if tensor.shape != ticket.shape:
                     raise self._differs(f"shape {tuple(tensor.shape)} where it was {tuple(ticket.shape)}")

@@ -24,6 +24,7 @@ from .errors import BudgetError
 from .frames import Frame
 from .holdings import Holdings
 from .passes import Passes, Watch
+from .residence import Turns
 from .shortage import Shortage
 from .stats import RunStats
 from .weights import Weights
@@ -116,7 +117,7 @@ class Ledger:
         owned: bool = False,
         role: Role = "network",
         check: Callable[[], None] | None = None,
-        moving: bool = False,
+        turns: Turns | None = None,
         **kwargs: Any,
     ) -> _T:
         """Run ``fn(*args, **kwargs)`` as one call of the plan. A call within a call is part of it.
@@ -130,7 +131,7 @@ class Ledger:
             role: ``"network"`` or ``"decoder"``: where it is counted; ``"other"`` is not. ``"network part"`` and
                 ``"decoder part"``: all but the last part of a call that is made in parts.
             check: called when a backward pass comes to this call, after its weights were compared.
-            moving: ``fn`` has weights on the device for its own length only (:mod:`~backdrift.residence`).
+            turns: of weights that ``fn`` has on the device for its own length only (:mod:`~backdrift.residence`).
 
         Raises:
             BudgetError: the budget is too small for this call; names the smallest that works for it.
@@ -149,11 +150,11 @@ class Ledger:
                 return self._short.output(kind, lambda: fn(*args, **kwargs))
             self.stats.calls_forward += role == "network"
             self.stats.decodes += role == "decoder"
-            if self.plan.mode == "max" and kind in self._measured and not moving:
+            if self.plan.mode == "max" and kind in self._measured and turns is None:
                 out = fn(*args, **kwargs)
                 watch.serial = self._holdings.open(watch, role, self._measured[kind])
             else:
-                frame = Frame(self, role, fn, leaves, spec, weights)
+                frame = Frame(self, role, fn, leaves, spec, weights, turns)
                 out = self._call_held(frame, args, kwargs)
                 watch.serial = frame.serial
                 self._measured[kind] = frame.nbytes

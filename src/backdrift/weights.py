@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .errors import StateChangedError
-from .residence import home_of
+from .residence import Turns
 
 _ADVICE = "run the sampling call again, or call backward() before the change"
 
@@ -116,16 +116,24 @@ class Weights:
         owned: True for modules that belong to the run alone (shadows). Conversions of their weights (a
             decoder upcast for its call) are then undone for the redo; on a user's module they raise.
     """
+        turns: of weights that may be on a device as copies just now: they are looked at where they lie at home.
 
-    def __init__(self, modules: Sequence[tuple[str, nn.Module]], *, owned: bool = False) -> None:
+    def __init__(
+        self,
+        modules: Sequence[tuple[str, nn.Module]],
+        *,
+        owned: bool = False,
+        turns: Turns | None = None,
+    ) -> None:
         self.modules = list(modules)
-        self.owned = owned
+        self.owned, self._turns = owned, turns
         self.holders = _tree(self.modules)
         self._places: list[tuple[nn.Module, str]] = []  # of the parameters: in which module, by which name
         self.tensors: list[torch.Tensor] = []
         buffers: list[torch.Tensor] = []
         for child in self.holders:
-            for leaf, parameter in child._parameters.items():
+            for leaf, present in child._parameters.items():
+                parameter = present if turns is None else turns.weight_at(child, leaf)
                 if parameter is not None:
                     self._places.append((child, leaf))
                     self.tensors.append(parameter)
@@ -136,9 +144,10 @@ class Weights:
         self.tensors += buffers
         self.versions = [t._version for t in self.tensors[: self.checked]]
         self.flags = [t.requires_grad for t in self.tensors]
-        self.data = [home_of(t.data) for t in self.tensors]
+        self.data = [self._at_home(t.data) for t in self.tensors]
         self.addresses = [t.data_ptr() for t in self.data]
         self.training = [m.training for m in self.holders]
+        self.devices = frozenset(t.device for t in self.data)
         self.adapters = Adapters(self.modules)
         self.layers = self.adapters.layers
         self.switches = [_switches(layer) for _, layer in self.layers]
@@ -146,9 +155,12 @@ class Weights:
 
     def unchanged(self) -> bool:
         """Whether a new snapshot would be equal to this one (weights, flags, modes, addresses, adapters)."""
+    def _at_home(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self._turns is None else self._turns.home_of(tensor)
+
         return (
             self.versions == [t._version for t in self.tensors[: self.checked]]
-            and self.addresses == [t.data_ptr() for t in self.tensors]
+            and self.addresses == [self._at_home(t).data_ptr() for t in self.tensors]
             and self.flags == [t.requires_grad for t in self.tensors]
             and self.training == [m.training for m in self.holders]
             and self.switches == [_switches(layer) for _, layer in self.layers]

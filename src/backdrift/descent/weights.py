@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..pipelines.homes import named_weights
 from ..run import Run
 from .subject import Example, denoiser
 from .variables import Noise, PromptEmbeds, Variable
@@ -139,14 +140,15 @@ def select(pipe: Any, patterns: Sequence[str]) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     components = {k: m for k, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
+    weights = {c: {k: p for k, p, _ in named_weights(m)} for c, m in components.items()}
     for pattern in patterns:
         if pattern in components:
-            chosen = {f"{pattern}.{k}": p for k, p in components[pattern].named_parameters()}
+            chosen = {f"{pattern}.{k}": p for k, p in weights[pattern].items()}
         else:
             chosen = {
                 f"{c}.{k}": p
-                for c, m in components.items()
-                for k, p in m.named_parameters()
+                for c, named in weights.items()
+                for k, p in named.items()
                 if fnmatch.fnmatchcase(f"{c}.{k}", pattern)
             }
         if not chosen:

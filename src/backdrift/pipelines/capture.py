@@ -25,7 +25,7 @@ from .forwards import check_networks, own_forwards
 from .levels import Levels, levels_of, position_of
 from .offloaded import execution_device
 from .recorded import Recorded
-from .refusals import check_components
+from .refusals import check_components, check_whole
 from .shadow import shadow, unwrapped
 from .states import check_states, hooks_of
 from .stepped import KEY as _KEY
@@ -77,6 +77,7 @@ class Capture:
         opening: Opening | None = None,
     ) -> None:
         check_components(pipe)
+        check_whole(pipe)
         check_networks(pipe)
         check_states(pipe)
         own = vars(pipe)

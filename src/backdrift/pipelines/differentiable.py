@@ -17,7 +17,7 @@ from ..errors import InputError, MissingGradientError, UnsupportedError
 from ..memory import Ledger, MemoryPlan, Role
 from ..planning.choices import Choices
 from ..planning.plan import Plan
-from ..residence import Residence
+from ..residence import Residence, Turns
 from ..stats import RunStats
 from ..through import All, Through
 from ..trace import Trace, Watch
@@ -196,7 +196,7 @@ class DifferentiableRun:
         through = Through.parse(self.through)
         choices, followed = self._chooser.choose(args, kwargs, self.noise, through)
         self._ledger.follow(followed)
-        offloading = Offloading(self.pipe)
+        offloading = Offloading(self.pipe, choices.weights)
         clone, safety = self._clone(ending, noise, choices, offloading)
         # A user's no_grad around the call is meant: it samples as cheaply as ever, and returns a tensor.
         inputs = wanted(arguments) if torch.is_grad_enabled() else {}
@@ -246,6 +246,15 @@ class DifferentiableRun:
 
     @property
     def flagged(self) -> list[bool] | None:
+    @property
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """The weights that get gradients, by dotted name: what an optimizer is to be given.
+
+        The networks' own Parameters, but after ``pipe.enable_sequential_cpu_offload()``: there those are on the meta
+        device, and gradients arrive at the tensors that stand in accelerate's table for them.
+        """
+        return trained_parameters(self.pipe, self._train)
+
         """What the safety checker says of the last call's pictures; None without a checker."""
         return self._flags
 
@@ -268,6 +277,7 @@ class DifferentiableRun:
         clone = clone_of(self.pipe, trained, dress, clamp=self.clamp, noise=noise)
         own, safety = clone.__dict__, None
         if own.get("safety_checker") is not None and hasattr(clone, "run_safety_checker"):
+        offloading.place(clone)
             safety = SafetyBeside(self.pipe.run_safety_checker)
             own["run_safety_checker"] = safety
         return clone, safety
@@ -303,7 +313,8 @@ class DifferentiableRun:
         for method in methods:
             fn = getattr(module, method)
             fn = fn if residence is None else residence.around(fn)
-            planned = self._plan(fn, name, module, role, users, choices, residence is not None)
+            turns = None if residence is None else residence.turns
+            planned = self._plan(fn, name, module, role, users, choices, turns)
             setattr(module, method, planned if ending is None else ending.asleep(planned))
         return module
 
@@ -315,7 +326,7 @@ class DifferentiableRun:
         role: Role,
         users: Adapters,
         choices: Choices,
-        moving: bool,
+        turns: Turns | None,
     ) -> Any:
         ledger, modules = self._ledger, [(name, module)]
 
@@ -324,7 +335,7 @@ class DifferentiableRun:
             if state is not None:
                 run, args = state.around(fn), (state.tensors, *args)
             return ledger.call(
-                run, *args, modules=modules, owned=True, role=role, check=users.check, moving=moving, **kwargs
+                run, *args, modules=modules, owned=True, role=role, check=users.check, turns=turns, **kwargs
             )
 
         @wraps(fn)

@@ -16,7 +16,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from ..errors import UnsupportedError
 
 
-def check_parallel(pipe: Any, trained: Mapping[str, nn.Parameter]) -> None:
+def check_parallel(pipe: Any, trained: Mapping[str, Tensor]) -> None:
     """Refuse wrappers that a run cannot follow.
 
     Raises:
@@ -54,13 +54,13 @@ def check_parallel(pipe: Any, trained: Mapping[str, nn.Parameter]) -> None:
             )
 
 
-def before_call(pipe: Any, trained: Mapping[str, nn.Parameter]) -> None:
+def before_call(pipe: Any, trained: Mapping[str, Tensor]) -> None:
     """Tell the wrappers of trained networks that a forward pass begins."""
     for wrapper in _training(pipe, trained):
         wrapper._pre_forward()
 
 
-def after_call(pipe: Any, trained: Mapping[str, nn.Parameter], result: Tensor | None) -> None:
+def after_call(pipe: Any, trained: Mapping[str, Tensor], result: Tensor | None) -> None:
     """Tell the wrappers of trained networks that a backward pass is to come, unless they are under ``no_sync``."""
     for wrapper in _training(pipe, trained):
         wrapper.require_forward_param_sync = wrapper.require_backward_grad_sync
@@ -69,7 +69,7 @@ def after_call(pipe: Any, trained: Mapping[str, nn.Parameter], result: Tensor | 
         wrapper._clear_grad_buffer()
 
 
-def _training(pipe: Any, trained: Mapping[str, nn.Parameter]) -> list[Any]:
+def _training(pipe: Any, trained: Mapping[str, Tensor]) -> list[Any]:
     if not torch.is_grad_enabled():
         return []
     ids = {id(weight) for weight in trained.values()}

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedError
+from .homes import accelerate_hooks, is_idle, is_model_wide, is_sequential, table_of, way_of
 from .modular import is_modular
 from .twins import is_no_grad, names, without_no_grad
 
@@ -110,30 +111,47 @@ def check_components(pipe: Any) -> None:
     """Refuse what the present state of the components rules out.
 
     Raises:
-        UnsupportedError: hooks of accelerate's other than those of ``enable_model_cpu_offload()`` (sequential
-            offloading, dispatched networks), or those over a function in place of a network's ``forward``.
+        UnsupportedError: hooks of accelerate's other than those of ``enable_model_cpu_offload()`` and
+            ``enable_sequential_cpu_offload()`` (networks dispatched over devices), weights that these keep on a disk,
+            or hooks over a function in place of a network's ``forward``.
     """
     advice = "pipe.remove_all_hooks(), then pipe.enable_model_cpu_offload(), or move it to one device"
     for key, module in vars(pipe).items():
         if not isinstance(module, nn.Module):
             continue
         for name, child in module.named_modules():
-            hook = child.__dict__.get("_hf_hook")
-            if hook is not None and (child is not module or not waits(hook)):
-                where = ".".join(part for part in (key, name) if part)
+            where = ".".join(part for part in (key, name) if part)
+            hooks = accelerate_hooks(child)
+            for hook in hooks:
+                known = is_idle(hook) or is_sequential(hook) or (is_model_wide(hook) and child is module)
+                if not known:
+                    raise UnsupportedError(
+                        f"{where} has the hook {type(hook).__name__}, which moves weights between the forward and the "
+                        f"backward pass: {advice}"
+                    )
+                if is_sequential(hook) and table_of(hook)[0] is None:
+                    raise UnsupportedError(
+                        f"{where} keeps its weights on a disk: load the pipeline again, and call "
+                        "pipe.enable_sequential_cpu_offload(), which keeps them in memory"
+                    )
+            if hooks and not isinstance(child.__dict__.get("_old_forward"), MethodType):
                 raise UnsupportedError(
-                    f"{where} has the hook {type(hook).__name__}, which moves weights between the forward and the "
-                    f"backward pass: {advice}"
-                )
-            if hook is not None and not isinstance(child.__dict__.get("_old_forward"), MethodType):
-                raise UnsupportedError(
-                    f"{key} is offloaded and has a function in place of its forward: take that off, or {advice}"
+                    f"{where} is offloaded and has a function in place of its forward: take that off, or {advice}"
                 )
 
 
-def waits(hook: Any) -> bool:
-    """Whether a hook is that of ``enable_model_cpu_offload()``: the whole network waits on the CPU."""
-    return type(hook).__module__.startswith("accelerate.") and type(hook).__name__ == "CpuOffload"
+def check_whole(pipe: Any) -> None:
+    """Refuse networks whose weights are moved layer by layer, where they are called as they are.
+
+    Raises:
+        UnsupportedError: naming the first.
+    """
+    for key, module in vars(pipe).items():
+        if isinstance(module, nn.Module) and way_of(module) in ("sequential", "group"):
+            raise UnsupportedError(
+                f"{key} has its weights on the device one layer or block at a time, and only inside the pipeline's own "
+                "calls: load the pipeline again, and use pipe.enable_model_cpu_offload()"
+            )
 
 
 def reached(cls: type, start: str = "__call__") -> Iterator[tuple[str, CodeType]]:

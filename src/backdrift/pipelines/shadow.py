@@ -21,10 +21,9 @@ from torch import nn
 
 from ..errors import InputError, UnsupportedError
 from ..weights import adapter_layers
+from .homes import MOVING, homes_of, named_weights
 
 _PLAIN = {bool, int, float, str, torch.dtype, torch.device, torch.Size, type}
-# What accelerate's hooks leave on a module; they move the user's, not a copy.
-_OFFLOADING = {"_hf_hook", "_old_forward", "forward"}
 _EMPTY = {dict, OrderedDict, set, list, tuple}
 Train = str | Sequence[str] | None
 
@@ -50,8 +49,11 @@ def unwrapped(module: nn.Module) -> nn.Module:
             return inner
 
 
-def trained_parameters(pipe: Any, train: Train) -> dict[str, nn.Parameter]:
+def trained_parameters(pipe: Any, train: Train) -> dict[str, torch.Tensor]:
     """The parameters that ``train`` names, by dotted name (``"unet.conv_in.weight"``).
+
+    After ``pipe.enable_sequential_cpu_offload()`` these are the tensors in accelerate's table, which get
+    ``requires_grad`` and their gradients: the network's own Parameters are on the meta device.
 
     Args:
         pipe: a diffusers pipeline.
@@ -63,8 +65,13 @@ def trained_parameters(pipe: Any, train: Train) -> dict[str, nn.Parameter]:
         UnsupportedError: ``"lora"`` with adapters that are fused into the weights.
     """
     parts = networks(pipe)
-    named = {f"{key}.{name}": p for key, module in parts.items() for name, p in module.named_parameters()}
-    chosen: dict[str, nn.Parameter] = {}
+    named: dict[str, torch.Tensor] = {}
+    graded: set[str] = set()
+    for key, module in parts.items():
+        for name, weight, requires_grad in named_weights(module):
+            named[f"{key}.{name}"] = weight
+            graded |= {f"{key}.{name}"} if requires_grad else set()
+    chosen: dict[str, torch.Tensor] = {}
     entries = [] if train is None else [train] if isinstance(train, str) else list(train)
     for entry in entries:
         if entry in parts:
@@ -75,13 +82,16 @@ def trained_parameters(pipe: Any, train: Train) -> dict[str, nn.Parameter]:
             found = {name: p for name, p in named.items() if fnmatch.fnmatchcase(name, entry)}
         if not found:
             raise InputError(_names_nothing(entry, list(parts), list(named)))
-        training = {name: p for name, p in found.items() if p.requires_grad}
+        training = {name: p for name, p in found.items() if name in graded}
         if not training:
             raise InputError(
                 f"train={entry!r} names {len(found)} weights (first: {next(iter(found))}), all with "
                 "requires_grad=False; call requires_grad_(True) on what you want to train"
             )
         chosen |= training
+    for weight in chosen.values():
+        if not weight.requires_grad:
+            weight.requires_grad_()
     return chosen
 
 
@@ -122,39 +132,46 @@ def shadow(module: nn.Module, trained: set[int]) -> nn.Module:
     """
     # What deepcopy would do, but some thirty times as fast: most of a module is tables and numbers.
     memo: dict[int, Any] = {}
-    originals = list(module.modules())
+    originals, homes = list(module.modules()), homes_of(module)
     for child in originals:
         memo[id(child)] = child.__class__.__new__(child.__class__)
         for parameter in child._parameters.values():
             if parameter is not None and id(parameter) not in memo:
-                memo[id(parameter)] = _weight(parameter, trained)
+                memo[id(parameter)] = _weight(homes.get(id(parameter), parameter), trained)
         for buffer in child._buffers.values():
-            memo[id(buffer)] = buffer
+            memo[id(buffer)] = homes.get(id(buffer), buffer)
         for key in ("config", "_internal_dict"):  # read only, and slow to copy
             if key in child.__dict__:
                 memo[id(child.__dict__[key])] = child.__dict__[key]
     others: list[tuple[dict[str, Any], str, Any]] = []  # what has to be copied in depth
     for child in originals:
         own = memo[id(child)].__dict__
-        hooked = "_hf_hook" in child.__dict__
+        skipped = _of_hooks(child)
         for key, value in child.__dict__.items():
             kind = type(value)
-            if hooked and key in _OFFLOADING:
+            if key in skipped:
                 continue
             if value is None or kind in _PLAIN:
                 own[key] = value
             elif kind in _EMPTY and not value:
                 own[key] = kind()
-            elif key in ("_parameters", "_modules"):
+            elif key in ("_parameters", "_buffers", "_modules"):
                 own[key] = {name: None if item is None else memo[id(item)] for name, item in value.items()}
             elif not _copied(own, key, value):
                 others.append((own, key, value))
                 _share_tensors(value, memo)
-        if type(child) is nn.Linear and child.weight.requires_grad and "forward" not in child.__dict__:
+        if type(child) is nn.Linear and child.weight.requires_grad and "forward" not in own:
             own["forward"] = functools.partial(_linear, memo[id(child)])
     for own, key, value in others:
         own[key] = copy.deepcopy(value, memo)
     return memo[id(module)]
+
+
+def _of_hooks(child: nn.Module) -> set[str]:
+    """The attributes that hooks have left on a module which move weights: those of the user's, not of a copy."""
+    found = {"_hf_hook", "_old_forward", "forward"} if "_hf_hook" in child.__dict__ else set()
+    hooks = getattr(child.__dict__.get("_diffusers_hook"), "hooks", {})
+    return found | {"_diffusers_hook", "forward"} if hooks and MOVING.issuperset(hooks) else found
 
 
 def _linear(layer: nn.Linear, input: torch.Tensor) -> torch.Tensor:
@@ -172,7 +189,7 @@ def _linear(layer: nn.Linear, input: torch.Tensor) -> torch.Tensor:
 
 def _copied(own: dict[str, Any], key: str, value: Any) -> bool:
     """Copy an attribute into ``own`` if that takes no more than its top level."""
-    if key == "_buffers" or key.endswith("_hooks") or "_hooks_" in key:
+    if key.endswith("_hooks") or "_hooks_" in key:
         own[key] = value.copy()
     elif key in ("config", "_internal_dict", "_diffusers_hook") or (
         type(value) is tuple and all(item is None or type(item) in _PLAIN for item in value)
@@ -192,8 +209,8 @@ def copied_scheduler(scheduler: Any) -> Any:
     return copy.deepcopy(scheduler, memo)
 
 
-def _weight(parameter: nn.Parameter, trained: set[int]) -> nn.Parameter:
-    frozen_already = not parameter.requires_grad and type(parameter) is not nn.Parameter
+def _weight(parameter: torch.Tensor, trained: set[int]) -> torch.Tensor:
+    frozen_already = not parameter.requires_grad and type(parameter) not in (nn.Parameter, torch.Tensor)
     # Quantised weights are Parameter subclasses with state beside the data; frozen as they are, they can be
     # shared as objects.
     if id(parameter) in trained or frozen_already:

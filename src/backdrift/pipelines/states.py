@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedError
+from .homes import MOVING
 from .refusals import reached
 from .shadow import networks
 from .twins import names
 
 _CUTS = {"detach", "no_grad", "inference_mode"}
-_OFFLOADING = {"group_offloading", "lazy_prefetch_group_offloading", "layer_execution_tracker"}
 
 
 def check_states(pipe: Any) -> None:
@@ -50,6 +50,14 @@ def check_hooks(key: str, module: nn.Module) -> None:
     """
     for name, _, hook_name, hook in hooks_of(module):
         cls: Any = type(hook)
+        if hook_name in MOVING:
+            group = getattr(hook, "group", None)
+            if getattr(group, "offload_to_disk_path", None) is not None:
+                raise UnsupportedError(
+                    f"{key}.{name} keeps its weights on a disk (group offloading): load the pipeline again, and call "
+                    "enable_group_offload without offload_to_disk_path"
+                )
+            continue
         advice = f"pipe.{key}.disable_cache(), or FirstBlockCacheConfig"
         if hasattr(hook, "current_timestep_callback"):
             raise UnsupportedError(
@@ -60,11 +68,6 @@ def check_hooks(key: str, module: nn.Module) -> None:
         if any(_CUTS & set(names(code)) for method in methods for _, code in reached(cls, method)):
             raise UnsupportedError(
                 f"{key}.{name} has the hook {hook_name}, which cuts the gradient: {advice}"
-            )
-        if hook_name in _OFFLOADING:
-            raise UnsupportedError(
-                f"{key} has group offloading, which moves weights between the forward and the backward pass: load the "
-                "pipeline again without it"
             )
         if "parallel" in hook_name:
             raise UnsupportedError(
@@ -84,13 +87,14 @@ def own_hooks(original: nn.Module, ours: nn.Module) -> None:
         registry = theirs.__dict__.get("_diffusers_hook")
         if registry is None:
             continue
-        del mine.__dict__["_diffusers_hook"]
-        if registry._hook_order:
-            del mine.__dict__["forward"]
-            chain: Any = HookRegistry(mine)
+        mine.__dict__.pop("_diffusers_hook", None)
+        chain: Any = HookRegistry(mine)
+        kept = [name for name in registry._hook_order if name not in MOVING]
+        if kept:
+            mine.__dict__.pop("forward", None)
             mine.__dict__["_diffusers_hook"] = chain
-            for hook_name in registry._hook_order:
-                chain.register_hook(_fresh(registry.hooks[hook_name], memo), hook_name)
+        for hook_name in kept:
+            chain.register_hook(_fresh(registry.hooks[hook_name], memo), hook_name)
 
 
 def remembered(module: nn.Module) -> Remembered | None:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import UnsupportedError
 
@@ -14,7 +13,7 @@ from ..errors import UnsupportedError
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
-def check_trainable(pipe: Any, trained: Mapping[str, nn.Parameter]) -> None:
+def check_trainable(pipe: Any, trained: Mapping[str, torch.Tensor]) -> None:
     """Refuse weights whose gradients could not be right, or could not be used.
 
     Args:
@@ -27,8 +26,8 @@ def check_trainable(pipe: Any, trained: Mapping[str, nn.Parameter]) -> None:
     for name, weight in trained.items():
         if weight.device.type == "meta":
             raise UnsupportedError(
-                f"{name} is on the meta device (sequential offloading keeps the weights elsewhere), where it cannot "
-                "be trained: use pipe.enable_model_cpu_offload(), or no offloading"
+                f"{name} is on the meta device, and nothing says where its weights are: load them first, and add "
+                "adapters before pipe.enable_sequential_cpu_offload()"
             )
         if type(weight.data) is not torch.Tensor or weight.dtype not in _FLOATS:
             raise UnsupportedError(

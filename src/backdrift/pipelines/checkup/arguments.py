@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modular import is_modular
+from ..offloaded import execution_device
 from ..refusals import plain_class
 from ..twins import twin, without_no_grad
 
@@ -88,7 +89,7 @@ def made_up_embeddings(pipe: Any) -> dict[str, Any]:
     if width is None:
         return {}
     draw = torch.Generator().manual_seed(0)
-    like = {"dtype": network.dtype, "device": network.device}
+    like = {"dtype": network.dtype, "device": execution_device(pipe) or network.device}
     made: dict[str, Any] = {}
     for name in takes:
         if name in ("prompt_embeds", "negative_prompt_embeds"):
@@ -96,7 +97,7 @@ def made_up_embeddings(pipe: Any) -> dict[str, Any]:
         elif name.endswith("pooled_prompt_embeds") and pooled is not None:
             made[name] = torch.randn(1, pooled, generator=draw).to(**like)
         elif name.endswith("attention_mask") and "kwargs" not in name:
-            made[name] = torch.ones(1, _TOKENS, dtype=torch.long, device=network.device)
+            made[name] = torch.ones(1, _TOKENS, dtype=torch.long, device=like["device"])
     # Guided by an embedded scale, unless asked for more: negative embeddings would go unused.
     if "true_cfg_scale" in takes:
         made = {k: v for k, v in made.items() if not k.startswith("negative_")}

@@ -44,7 +44,7 @@ class Subject:
     call: SmallCall
     train: Train
     seed: int
-    trained: dict[str, nn.Parameter] = field(init=False)
+    trained: dict[str, Tensor] = field(init=False)
     weighting: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -187,7 +187,7 @@ def _not_promised(subject: Subject) -> str:
     place = execution_device(subject.pipe)
     if place is not None and place.type != "cpu":
         return "off the CPU"
-    if any(p.device.type != "cpu" for m in found.values() for p in m.parameters()):
+    if place is None and any(p.device.type != "cpu" for m in found.values() for p in m.parameters()):
         return "off the CPU"
     if any(noise_of(m) for m in found.values()):
         return "with dropout at work"

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..forwards import patched
+from ..homes import MOVING
 from ..shadow import unwrapped
 from ..states import hooks_of
 from ..trainable import check_trainable
@@ -86,13 +87,13 @@ def offloading(module: nn.Module) -> str:
         for child in module.modules()
         if "_hf_hook" in child.__dict__
     )
-    names.update(hook for _, _, hook, _ in hooks_of(module) if "offload" in hook)
+    names.update(hook for _, _, hook, _ in hooks_of(module) if hook in MOVING)
     return ", ".join(f"{n} x {name}" for name, n in names.items())
 
 
 def caches(module: nn.Module) -> str:
     """diffusers' other hooks: caches over the steps, guidance that skips layers, casts layer by layer."""
-    names = Counter(hook for _, _, hook, _ in hooks_of(module) if "offload" not in hook)
+    names = Counter(hook for _, _, hook, _ in hooks_of(module) if hook not in MOVING)
     return ", ".join(f"{name} on {n} layer{'s' if n > 1 else ''}" for name, n in names.items())
 
 

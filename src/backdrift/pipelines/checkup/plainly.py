@@ -175,6 +175,7 @@ def sampled(
         if dress is not None:
             module = dress(name, module)
         residence = offloading.residence(name, module)
+    offloading.place(clone)
         if residence is not None:
             for method in methods_of(name, module):
                 setattr(module, method, residence.around(getattr(module, method)))
@@ -188,7 +189,7 @@ def sampled(
     waiting = Noise(torch.empty(0) if noise is None else noise)
     if watch is not None:
         watch.over(clone)
-    with offloading, drawing(waiting), nullcontext() if ending is None else ending:
+    with offloading, offloading.saving(), drawing(waiting), nullcontext() if ending is None else ending:
         out = call.run(clone)
     if watch is not None:
         watch.drawn = waiting.drawn

@@ -45,7 +45,7 @@ def _parts(pipe: Any, refused: set[str]) -> Iterator[tuple[str, Iterator[Row]]]:
     every, bare = modules(pipe), networks(pipe)  # with their wrappers, and without
     yield "offloading", _handled(
         every, look.offloading, "offloading",
-        "{}: a run keeps one phase's networks on the device at a time, forward and backward", unless=refused,
+        "{}: a run brings copies of weights to the device in the same grain, forward and backward", unless=refused,
     )  # fmt: skip
     yield "caches over the steps", _handled(
         bare, look.caches, "hooks",
