@@ -17,6 +17,7 @@ from backdrift.descent.subject import make_examples, sampler_call
 from backdrift.errors import BudgetError, InputError, MissingGradientError, UnsupportedError
 from backdrift.losses import InParts
 from backdrift.planning.plan import Plan
+from backdrift.planning.timeline import estimate
 from live_bytes import LiveBytes
 from small_jobs import call_of, gradients
 from tiny_pipelines import tiny_sd
@@ -207,7 +208,7 @@ def test_optimize_scores_as_its_plan_says(plans: list[Plan]) -> None:
     assert plans[-1].chosen.needs.tightest == "loss" or live.peak < plans[-1].plain.needs.peak / 2
 
 
-def test_a_heldout_loss_is_not_divided(plans: list[Plan]) -> None:
+def test_a_heldout_loss_is_divided_where_the_loss_is(plans: list[Plan]) -> None:
     job, seen = Job(tight()), []
     job()
 
@@ -215,9 +216,61 @@ def test_a_heldout_loss_is_not_divided(plans: list[Plan]) -> None:
         seen.append(len(images))
         return images.flatten(1).mean(1)
 
-    with job.variable.on(job.pipe, job.examples):
-        job.measure(job.examples, range(BATCH), heldout, gradient=False)
+    pictures_ = pictures(BATCH, SIDE, torch.float32).detach()
+    for _ in range(2):
+        found = job.measure.score(heldout, pictures_, job.examples)
+        assert torch.allclose(found, pictures_.flatten(1).mean(1))
+    assert seen == [2, 1, 1, *[1] * BATCH, *[1] * BATCH]  # two together and one by one, once
+
+    def mixed(images: Tensor, chosen: Any) -> Tensor:
+        return heldout(images - images.mean(0), chosen)
+
+    with pytest.raises(InputError, match="The held-out loss cannot be evaluated on a few pictures.*mixes"):
+        job.measure.score(mixed, pictures_, job.examples, "held-out loss")
+    whole = Job("max")
+    whole()
+    seen.clear()
+    whole.measure.score(heldout, pictures_, whole.examples)
     assert seen == [BATCH]
+
+
+class Judge(Waves):
+    """A held-out loss with 4 MiB of weights that needs ten such for each picture, for a moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.ones(2**20), requires_grad=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = self.weights.expand(len(images), 10, -1) * images.mean((1, 2, 3))[:, None, None]
+        return rows.mean((1, 2))
+
+
+def test_a_heldout_loss_is_counted(tmp_path: Path, plans: list[Plan]) -> None:
+    """Its weights all the time; what it holds while it scores when the backward pass has ended, in parts if so chosen."""
+    pipe, judge = tiny_sd(), Judge()
+    without = bd.plan(pipe, SIDE, SIDE, STEPS, batch=BATCH, loss=Waves(), offload=False)
+    job = bd.plan(pipe, SIDE, SIDE, STEPS, batch=BATCH, loss=Waves(), heldout=judge, offload=False).job
+    one = 10 * 4 * 2**20
+    own = sum(t.nbytes for t in (*judge.parameters(), *judge.buffers()))
+    assert job.weights == without.job.weights + own
+    for parts, size in ((1, None), (BATCH, 1)):
+        found = estimate(job, bd.Choices(loss=size))
+        beside = job.weights + job.pictures
+        assert found.phases["held-out loss"] - beside == pytest.approx(one * BATCH / parts, rel=0.01)
+        before = estimate(without.job, bd.Choices(loss=size)).phases
+        assert all(found.phases[name] == nbytes + own for name, nbytes in before.items())
+    budget = job.weights + job.pictures + 5 * one // 2
+    assert budget > without.plain.needs.peak + own  # all but the held-out loss would fit as it is
+    ends = []
+    for memory in ("max", budget):
+        run = bd.optimize(
+            tiny_sd(), ["a 2", "b 7", "c 5", "d 1"], Waves(), height=SIDE, width=SIDE, num_inference_steps=STEPS,
+            steps=1, optimizer="sgd", lr=1.0, memory=memory, out=tmp_path / str(memory), progress=False, heldout=Judge(),
+        )  # fmt: skip
+        ends.append([entry["heldout"] for entry in run.record["iterations"]])
+    assert plans[-1].choices.loss == 1
+    assert ends[1] == pytest.approx(ends[0], rel=1e-4)
 
 
 def test_a_loss_that_mixes_pictures_is_refused_where_the_plan_would_divide_it() -> None:

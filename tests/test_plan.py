@@ -20,8 +20,9 @@ from backdrift.pipelines.configured import configured, known
 from backdrift.planning.choices import Choices, candidates
 from backdrift.planning.job import Component, Job, Kind, Loss, Moment
 from backdrift.planning.plan import make_plan
-from backdrift.planning.profile import Profile, profile
-from backdrift.planning.timeline import estimate
+from backdrift.planning.profile import Guests, Profile, Streamed, profile
+from backdrift.planning.timeline import FLOPS_PER_BYTE, estimate
+from backdrift.residence import Residence, layers
 from small_jobs import PIPELINES, call_of, measured
 from tiny_pipelines import tiny_sd
 
@@ -64,6 +65,27 @@ def test_attention_saves_what_a_fused_kernel_saves() -> None:
     found = profile(lambda: nn.functional.scaled_dot_product_attention(q, k, v), [q, k, v])
     assert found.saved == batch * heads * n * (d + 1) * 4  # the output, and one number per row
     assert found.forward_flops == 4 * batch * heads * n * n * d
+
+
+@pytest.mark.parametrize("between", [nn.Identity, nn.Tanh])
+def test_weights_that_come_and_go_are_counted_apart(between: Any) -> None:
+    """Two layers of 64 x 64: their weights come one after the other, forward and backward, and leave nothing behind."""
+    with torch.device("meta"):
+        chain = nn.Sequential(nn.Linear(64, 64, bias=False), between(), nn.Linear(64, 64, bias=False))
+    chain.requires_grad_(False)
+    x = meta(128, 64)
+    alone = profile(lambda: chain(x), [x])
+    guests = Guests()
+    call = Residence(chain, "network", guests, layers(chain)).around(chain.forward)
+    found = profile(lambda: call(x), [x], guests=guests)
+    assert replace(found, streamed=Streamed()) == alone
+    one, act = 64 * 64 * 4, 128 * 64 * 4
+    # Forward the second layer, which holds its argument and its result, is as high as tanh. Backward a layer holds two
+    # gradients, tanh its result besides: its peak has no weights beside it, and is higher than theirs.
+    assert found.forward == 2 * act
+    assert found.backward == (3 if between is nn.Tanh else 2) * act
+    assert found.streamed == Streamed(one, 0 if between is nn.Tanh else one, one, 2 * one, 2 * one)
+    assert guests.nbytes == 0
 
 
 def test_the_published_decoder_at_full_size() -> None:
@@ -174,7 +196,9 @@ def kind(component: str, role: Any, saved: int, more: int = 0, flops: int = 10, 
     def measure(level: Any, tiled: bool) -> Profile:
         share = {"whole": 1, "block": 4, "resnet": 8}[level]
         redo = 0 if level == "whole" else flops
-        return Profile(saved // share, saved // share + more, saved // share + more, flops, 2 * flops + redo)
+        streamed = Streamed(5, 6, 30, 300, 300 + (0 if level == "whole" else 300))
+        most = saved // share + more
+        return Profile(saved // share, most, most, flops, 2 * flops + redo, streamed)
 
     return Kind(component, role, rows, 0, measure)
 
@@ -229,9 +253,16 @@ def test_each_choice_takes_away_its_part() -> None:
     assert estimate(job, replace(keep, guidance="apart")).phases["network backward"] == base + 20 + 30 + 525
     assert estimate(job, replace(keep, latents="cpu")).phases["network backward"] == base + 20 + 1050
     assert estimate(job, replace(keep, decoder="resnet")).phases["decoder backward"] == base + 40 + 280
+    # The optimizer's state waits with the weights.
     offload = estimate(job, replace(keep, weights="offload"))
-    assert offload.phases["network backward"] == 300 + 70 + 33 + 20 + 30 + 1050
-    assert offload.phases["decoder backward"] == 100 + 20 + 70 + 33 + 40 + 1680
+    assert offload.phases["network backward"] == 300 + 70 + 20 + 30 + 1050
+    assert offload.phases["decoder backward"] == 100 + 70 + 40 + 1680
+    # Layer by layer: the largest brings 30, where the call's own peak is it is 5 or 6.
+    stream = estimate(job, replace(keep, weights="stream"))
+    assert stream.phases["network backward"] == 70 + 30 + 1050 + 6
+    assert stream.phases["sampling"] == 70 + 40 + 1050 + 5
+    apart = estimate(job, replace(keep, weights="stream", guidance="apart"))
+    assert apart.phases["network backward"] == 70 + 30 + 525 + 30
     assert estimate(job, keep).phases["loss"] == base + 1600 + 40 + 600
 
 
@@ -248,8 +279,13 @@ def test_samples_decoded_and_scored_one_by_one() -> None:
 def exhaustive(job: Job, budget: int) -> float | None:
     """The least cost of everything that fits, by trying all of it."""
     keeps: list[int | None] = [None, *range(job.network_calls + 1)]
-    options = (estimate(job, replace(c, keep=k)) for c, k in itertools.product(candidates(job), keeps))
-    return min((o.cost for o in options if o.peak <= budget), default=None)
+    tactics = list(candidates(job))
+    for some in ([c for c in tactics if c.weights != "stream"], tactics):  # weights layer by layer come last
+        options = (estimate(job, replace(c, keep=k)) for c, k in itertools.product(some, keeps))
+        best = min((o.cost for o in options if o.peak <= budget), default=None)
+        if best is not None:
+            return best
+    return None
 
 
 @pytest.mark.parametrize("budget", [1300, 1700, 2300, 2600, 3300, 4000, 5300, 6400, 9999])
@@ -285,8 +321,30 @@ def test_levels_are_all_tried() -> None:
     found = {c.network for c in candidates(made_job())}
     assert found == set(LEVELS)
     assert not any(
-        c.weights == "offload" or c.latents == "cpu" for c in candidates(made_job(), offload=False)
+        c.weights != "device" or c.latents == "cpu" for c in candidates(made_job(), offload=False)
     )
+    assert {c.weights for c in candidates(made_job())} == {"device", "offload", "stream"}
+    assert {c.weights for c in candidates(made_job(), offload=False, offloaded=True)} == {"offload", "stream"}
+
+
+def test_weights_come_layer_by_layer_only_where_nothing_else_fits() -> None:
+    job = made_job(n=5)
+    whole = [c for c in candidates(job) if c.weights != "stream"]
+    least = min(estimate(job, replace(c, keep=0)).peak for c in whole)
+    assert make_plan(job, least).choices.weights == "offload"
+    plan = make_plan(job, least - 1)
+    assert plan.choices.weights == "stream"
+    assert plan.peak < least
+    assert "layer" in str(plan)
+    # Every call brings 300, once more when it is redone, and 300 or 600 when it is differentiated.
+    calls, redone = 6, plan.chosen.needs.redone + 1
+    again = 300 if plan.choices.network != "whole" else 0
+    decoder = 300 if plan.choices.decoder != "whole" else 0
+    parts = 2 if plan.choices.guidance == "apart" else 1
+    moved = plan.chosen.needs.cost
+    assert plan.choices.latents == "device" or moved > 0
+    assert moved > FLOPS_PER_BYTE * 300 * (calls + redone)
+    assert moved < FLOPS_PER_BYTE * (parts * 5 * (900 + again) + 900 + decoder + 2 * 50) + 10**4
 
 
 # ---------------------------------------------------------------------------- what is said
@@ -313,7 +371,7 @@ def test_the_command_prints_tables_and_json() -> None:
 
 
 def test_the_command_names_the_smallest_budget() -> None:
-    result = CliRunner().invoke(app, ["plan", "sd", "--size", "32", "--steps", "4", "--budget", "1MiB"])
+    result = CliRunner().invoke(app, ["plan", "sd", "--size", "32", "--steps", "4", "--budget", "99KiB"])
     assert result.exit_code == 2
     assert "smallest budget that works" in result.output
 

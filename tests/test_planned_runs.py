@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +13,9 @@ import torch
 
 import backdrift as bd
 from backdrift.errors import BudgetError, UnsupportedError
+from backdrift.planning.search import option
 from small_jobs import PIPELINES, call_of, gradients, measured
-from tiny_pipelines import tiny_sd
+from tiny_pipelines import tiny_flux, tiny_sd
 
 BITWISE = [
     bd.Choices(keep=1),
@@ -142,9 +145,89 @@ def test_a_remembered_job_keeps_neither_pipeline_nor_loss_alive() -> None:
 
 
 def test_what_is_only_planned_for_is_refused_by_name() -> None:
-    for changed in ({"weights": "offload"}, {"loss": 1}):
+    for changed in ({"weights": "offload"}, {"weights": "stream"}, {"loss": 1}):
         with pytest.raises(UnsupportedError, match=next(iter(changed))):
             bd.differentiable(tiny_sd(), memory=bd.Choices(keep=0, **changed))
+
+
+def heavy_flux() -> Any:
+    """Weights are most of what it needs; they are those of linear layers, which the CPU does not rearrange in scratch
+    memory as it does those of convolutions."""
+    from diffusers import FluxTransformer2DModel
+
+    pipe = tiny_flux()
+    more = {"num_layers": 2, "num_single_layers": 3, "attention_head_dim": 32, "num_attention_heads": 4}
+    config = dict(pipe.transformer.config) | more | {"axes_dims_rope": (8, 12, 12)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipe.transformer = FluxTransformer2DModel.from_config(config).eval()
+    return pipe
+
+
+WAYS: dict[str, Callable[[Any], None]] = {
+    "model": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+    "sequential": lambda pipe: pipe.enable_sequential_cpu_offload(device="cpu"),
+    "group": lambda pipe: pipe.enable_group_offload(
+        torch.device("cpu"), torch.device("cpu"), "block_level", num_blocks_per_group=1
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("weights", ["offload", "stream"])
+def test_weights_that_come_and_go_are_counted(way: str, weights: Any) -> None:
+    """However the user has them offloaded, a run brings them as its plan says."""
+    pipe = heavy_flux()
+    call = call_of(pipe, 3, side=8)
+    plain, _ = gradients(pipe, call, memory="max")
+    size = sum(p.nbytes for p in pipe.transformer.parameters())
+    WAYS[way](pipe)
+    for choices in (bd.Choices(keep=0, decoder="resnet"), bd.Choices(keep=1, network="resnet")):
+        plan = bd.plan(pipe, **call, choices=replace(choices, weights=weights))
+        found, run = gradients(pipe, call, memory=plan)
+        assert equal(found, plain)
+        assert run.stats.calls_redone == 3 - (choices.keep or 0)
+        assert plan.peak == pytest.approx(measured(pipe, call, memory=plan), rel=0.1)
+        assert (plan.peak > size) == (weights == "offload")
+
+
+def test_a_budget_that_holds_no_phase_is_met_layer_by_layer() -> None:
+    pipe = heavy_flux()
+    call = call_of(pipe, 3, side=8)
+    plain, _ = gradients(pipe, call, memory="max")
+    everything = bd.plan(pipe, **call, offload=False).least.needs.peak
+    pipe.enable_model_cpu_offload(device="cpu")
+    plan = bd.plan(pipe, **call)
+    phases = min(
+        option(plan.job, replace(c, keep=0)).needs.peak for c in plan.tactics if c.weights == "offload"
+    )
+    least = plan.least.needs.peak
+    assert 2 * least < phases < everything
+    for budget, weights in ((phases, "offload"), (phases - 1, "stream"), (least, "stream")):
+        found, run = gradients(pipe, call, memory=budget)
+        assert run.plan is not None
+        assert run.plan.choices.weights == weights
+        assert equal(found, plain) == run.plan.choices.same_bits
+        assert run.plan.peak <= budget
+        assert measured(pipe, call, memory=budget) <= 1.1 * budget
+    with pytest.raises(BudgetError, match=f"smallest budget that works is .*{least} bytes"):
+        gradients(pipe, call, memory=least - 1)
+
+
+def test_what_stays_on_the_device_is_counted_beside_what_comes_and_goes() -> None:
+    pipe = heavy_flux()
+    call = call_of(pipe, 2, side=8)
+    cpu = torch.device("cpu")
+    pipe.transformer.enable_group_offload(cpu, cpu, "leaf_level")
+    job = bd.plan(pipe, **call).job
+    assert {c.name: c.stays for c in job.components} == {"vae": True, "transformer": False}
+    alone = option(job, bd.Choices(keep=0, weights="stream")).needs.peak
+    pipe = heavy_flux()
+    pipe.enable_group_offload(cpu, cpu, "leaf_level")
+    job = bd.plan(pipe, **call).job
+    stays = sum(c.weights for c in job.components if c.name != "transformer")
+    together = option(job, bd.Choices(keep=0, weights="stream")).needs
+    assert together.phases["sampling"] + stays == pytest.approx(alone, rel=0.05)
 
 
 def test_a_pipeline_that_cannot_be_planned_keeps_what_fits_beside_its_weights(monkeypatch: Any) -> None:

@@ -21,7 +21,7 @@ from ..progress import progress_bar
 from ..run import Run
 from ..through import Random
 from .best import BestSoFar
-from .measure import Measure, Measured, Objective, check_finite, check_values
+from .measure import Measure, Measured, Objective, check_finite
 from .optimizers import make_optimizer, make_schedule
 from .options import Options
 from .randomness import generator, seeded
@@ -42,6 +42,7 @@ class Descent:
         figures: further rows of the record's table.
         judge: what is said of the best pictures (n, 3, H, W), as further rows of the table.
         scorer: the loss inside ``objective``, for which a memory budget leaves room.
+        heldout_scorer: the same inside ``heldout``.
     """
 
     def __init__(
@@ -60,11 +61,13 @@ class Descent:
         figures: dict[str, Any] | None = None,
         judge: Callable[[Tensor], dict[str, Any]] | None = None,
         scorer: Any = None,
+        heldout_scorer: Any = None,
     ) -> None:
         self.pipe, self.variable, self.examples, self.objective = pipe, variable, list(examples), objective
         self.options, self.run, self.callback, self.progress = options, run, callback, progress
         self.heldout, self.heldout_examples = heldout, heldout_examples
-        self.figures, self.judge, self.scorer = figures or {}, judge, scorer
+        self.figures, self.judge = figures or {}, judge
+        self.scorer, self.heldout_scorer = scorer, heldout_scorer
         self.best = BestSoFar(options.enough)
 
     def go(self) -> Run:
@@ -113,7 +116,9 @@ class Descent:
             if self.schedule is not None:
                 self.schedule.load_state_dict(state["schedule"])
             self.best.load_state_dict(state["best"], like=values[0])
-        self.measure = Measure(self.pipe, self.variable, options, self.scorer, self.run.record["stats"])
+        self.measure = Measure(
+            self.pipe, self.variable, options, self.scorer, self.run.record["stats"], self.heldout_scorer
+        )
         return 0 if state is None else int(state["next"])
 
     def _iteration(self, i: int) -> str:
@@ -221,7 +226,8 @@ class Descent:
             ).losses
         elif self.heldout is not None:
             with torch.no_grad():
-                held = check_values(self.heldout(found.images, [self.examples[j] for j in batch]), len(batch))
+                chosen = [self.examples[j] for j in batch]
+                held = self.measure.score(self.heldout, found.images, chosen, "held-out loss")
         if held is not None:
             entry["heldout"] = held.mean().item()
             scores = held

@@ -48,15 +48,22 @@ class Measure:
     Args:
         scorer: the loss inside the objective, for which a budget leaves room, evaluating it on a few pictures at a time
             if that is what the plan says; None for one that needs none.
+        heldout: the loss inside another objective, that scores pictures without a gradient: the same.
         stats: where network calls, redone calls, vector–Jacobian products and the peak are added up.
     """
 
     def __init__(
-        self, pipe: Any, variable: Variable, options: Options, scorer: Any, stats: dict[str, Any]
+        self,
+        pipe: Any,
+        variable: Variable,
+        options: Options,
+        scorer: Any,
+        stats: dict[str, Any],
+        heldout: Any = None,
     ) -> None:
         self.pipe, self.variable, self.options, self.stats = pipe, variable, options, stats
-        self.scorer = None if scorer is None else InParts(scorer)
-        self._divided: Objective | None = None  # what has been found to have the same values in parts
+        self.scorer = None if scorer is None else InParts(scorer, heldout=heldout)
+        self._divided: list[Objective] = []  # what has been found to have the same values in parts
 
     def __call__(
         self,
@@ -86,7 +93,7 @@ class Measure:
             check_finite(pictures=leaf)
             # The loss has its own graph, freed before the sampler's is walked: their memory does not add up.
             with torch.set_grad_enabled(gradient):
-                values = self._score(objective, leaf, chosen)
+                values = self.score(objective, leaf, chosen)
             check_finite(loss=values)
             if gradient:
                 pull = pull_on_pictures(values, leaf)
@@ -101,7 +108,9 @@ class Measure:
         flagged = torch.tensor(flags, device=images[0].device)
         return Measured(torch.cat(images), torch.cat(losses), gradients, flagged, Trace.together(traces))
 
-    def _score(self, objective: Objective, images: Tensor, chosen: Sequence[Example]) -> Tensor:
+    def score(
+        self, objective: Objective, images: Tensor, chosen: Sequence[Example], name: str = "loss"
+    ) -> Tensor:
         """The losses (n,), on as many pictures at a time as the plan of the last call with a gradient says."""
 
         def score(part: Tensor, rows: slice) -> Tensor:
@@ -109,11 +118,12 @@ class Measure:
             return check_values(objective(wide, chosen[rows]), len(part))
 
         size = None if self.scorer is None else self.scorer.size
-        known = objective is self._divided
-        if size is None or size >= len(images) or not (images.requires_grad or known):
+        if size is None or size >= len(images):
             return score(images, slice(0, len(images)))
-        values = scored_in_parts(score, images, size, check=not known)
-        self._divided = objective
+        known = any(objective is one for one in self._divided)
+        values = scored_in_parts(score, images, size, check=not known, name=name)
+        if not known:
+            self._divided.append(objective)
         return values
 
     def _generate(

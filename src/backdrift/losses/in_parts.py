@@ -37,6 +37,8 @@ class InParts(Loss):
         loss: as for :func:`backdrift.losses.resolve`: a spec string, a callable, or a weighted sum.
         size: how many pictures at a time; None: all at once.
 
+        heldout: another loss that its user scores the same pictures with, without a gradient: a budget leaves room for
+            it. It is not called here.
     Attributes:
         size: the same; may be changed between calls.
 
@@ -52,7 +54,7 @@ class InParts(Loss):
         >>> loss(images).sum().backward()  # on as many pictures at a time as run.plan says
     """
 
-    def __init__(self, loss: Any, size: int | None = None) -> None:
+    def __init__(self, loss: Any, size: int | None = None, heldout: Any = None) -> None:
         super().__init__()
         from .spec import resolve
 
@@ -60,6 +62,7 @@ class InParts(Loss):
             raise InputError(f"size={size!r} must be a whole number of pictures, at least 1, or None for all")
         self.loss = resolve(loss)
         self.size = size
+        self.heldout = None if heldout is None else resolve(heldout)
         self.spec = self.loss.spec
         self._checked = False
 
@@ -80,7 +83,13 @@ class InParts(Loss):
 
 
 def scored_in_parts(
-    score: Score, images: Tensor, size: int, *, check: bool = True, strict: bool = False
+    score: Score,
+    images: Tensor,
+    size: int,
+    *,
+    check: bool = True,
+    strict: bool = False,
+    name: str = "loss",
 ) -> Tensor:
     """The values (N,) of pictures (N, …), ``size`` of them at a time; differentiable once, by the pictures.
 
@@ -91,12 +100,13 @@ def scored_in_parts(
         check: see first, on two pictures and without a graph, that parts have the values of the whole.
         strict: whether other tensors that require grad (the loss's own weights) are an error.
 
+        name: of the loss, for messages.
     Raises:
         InputError: parts have other values than the whole.
         MissingGradientError: with ``strict``, another tensor that requires grad is used.
     """
     if check and len(images) > 1:
-        _check_apart(score, images)
+        _check_apart(score, images, name)
     graded = torch.is_grad_enabled() and images.requires_grad
     pieces: list[Tensor] = []
     pull = torch.zeros_like(images) if graded else None
@@ -134,7 +144,7 @@ class _Pulled(torch.autograd.Function):
         return pull * grad.to(pull.dtype).reshape(-1, *[1] * (pull.dim() - 1)), None, None
 
 
-def _check_apart(score: Score, images: Tensor) -> None:
+def _check_apart(score: Score, images: Tensor, name: str) -> None:
     """Two pictures together and one by one: the same values, and no random numbers drawn."""
     two = images[:2].detach()
     devices = [two.device] if two.device.type == "cuda" else []
@@ -153,7 +163,7 @@ def _check_apart(score: Score, images: Tensor) -> None:
             else f"mixes pictures (two together: {together.tolist()}, one by one: {apart.tolist()})"
         )
         raise InputError(
-            f"The loss cannot be evaluated on a few pictures at a time, which the memory plan asks for: it {why}. "
+            f"The {name} cannot be evaluated on a few pictures at a time, which the memory plan asks for: it {why}. "
             "Give it a larger budget (memory=), a smaller batch, or a loss of each picture alone"
         )
 

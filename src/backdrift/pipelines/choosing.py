@@ -19,6 +19,7 @@ from ..planning.job import Job
 from ..planning.meta import weight_bytes
 from ..planning.plan import Plan, make_plan
 from ..through import Random, Through
+from .homes import way_of
 from .offloaded import execution_device
 from .planned import count_job
 from .shadow import Train, networks
@@ -144,9 +145,9 @@ def _check_supported(choices: Choices | None, offloaded: bool, in_parts: bool) -
     """
     if choices is None:
         return
-    if choices.weights == "offload" and not offloaded:
+    if choices.weights != "device" and not offloaded:
         raise UnsupportedError(
-            "weights='offload' is planned for, but a run does not do it by itself: call "
+            f"weights={choices.weights!r} is planned for, but a run does not send weights away by itself: call "
             "pipe.enable_model_cpu_offload() first"
         )
     if choices.loss is not None and not in_parts:
@@ -181,7 +182,13 @@ def _state(pipe: Any) -> Any:
     """Of the pipeline, what decides over bytes and calls."""
     scheduler = getattr(pipe, "scheduler", None)
     parts = tuple(
-        (name, _same(module), sum(1 for _ in module.modules()), tuple({p.dtype for p in module.parameters()}))
+        (
+            name,
+            _same(module),
+            sum(1 for _ in module.modules()),
+            tuple({p.dtype for p in module.parameters()}),
+            way_of(module),
+        )
         for name, module in networks(pipe).items()
     )
     return (

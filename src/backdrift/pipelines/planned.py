@@ -12,18 +12,20 @@ import torch
 
 from ..budget import parse_size
 from ..errors import InputError, MissingGradientError
+from ..losses import InParts
 from ..planning.choices import Choices
-from ..planning.job import Job
+from ..planning.job import Job, Loss
 from ..planning.plan import Plan, make_plan
 from ..through import All, Through
 from .configured import configured
+from .homes import way_of
 from .load import noise
 from .modular import is_modular
 from .offloaded import execution_device
 from .refusals import plain_class
 from .rehearsal import rehearse
 from .scored import count_loss
-from .shadow import Train
+from .shadow import Train, networks
 from .twins import twin
 
 __all__ = ["plan"]
@@ -41,6 +43,7 @@ def plan(
     num_inference_steps: int = 50,
     *,
     loss: Any = None,
+    heldout: Any = None,
     memory: str | int | None = None,
     train: Train = None,
     through: Through | str = "all",
@@ -72,6 +75,7 @@ def plan(
             ``"clip-vit-large-patch14"`` for a loss on such a network; or anything that
             :func:`backdrift.losses.resolve` takes. Where the plan scores one picture at a time,
             :func:`~backdrift.optimize` does so by itself, and :class:`backdrift.losses.InParts` elsewhere.
+        heldout: what else scores the pictures, without a gradient, as :func:`~backdrift.optimize` takes it; like ``loss``.
         memory: bytes of everything on the device, or a size such as ``"16GiB"``; None for no limit.
         train: which weights get gradients, as in :func:`~backdrift.differentiable`. ``"lora"`` on a model without
             adapters: of rank ``rank``, on the attentions' projections.
@@ -83,7 +87,7 @@ def plan(
         optimizer: by which trained weights are updated; its state is counted.
         tiles: also consider decoding in tiles, which gives slightly different pictures.
         offload: also consider keeping latents and weights on the CPU while they are not needed; by default unless the
-            pipeline is on the CPU. After ``pipe.enable_model_cpu_offload()`` its weights always do.
+            pipeline is on the CPU. The weights of an offloaded pipeline always wait there.
         choices: count these choices instead of searching.
         call: more arguments of the pipeline's call (``prompt_embeds=``, ``image=`` …).
 
@@ -110,16 +114,20 @@ def plan(
     elif dtype is not None:
         raise InputError("dtype= is for models given by name or folder; a loaded pipeline has its own")
     arguments = _arguments(pipe, height, width, num_inference_steps, batch, guidance, call)
-    job = count_job(pipe, arguments, train, loss, OPTIMIZERS[optimizer], through=through)
+    states = OPTIMIZERS[optimizer]
+    job = count_job(pipe, arguments, train, loss, states, through=through, heldout=heldout)
     if not job.backward and not through.exact:
         raise MissingGradientError(
             f"through={through.spec!r} cuts the noise off, and no weights are trained, so there is no gradient to plan "
             "for: name weights with train= (--train), or keep the state's path with Steps([...])"
         )
+    device = execution_device(pipe)
+    if choices is not None and choices.weights == "device" and device is not None:  # they come as they are set up
+        ways = {way_of(module) for module in networks(pipe).values()}
+        choices = dataclasses.replace(choices, weights="stream" if ways - {"model", None} else "offload")
     if offload is None:
-        offload = pipe.device.type != "cpu"
-    offloaded = execution_device(pipe) is not None
-    return make_plan(job, budget, tiles=tiles, offload=offload, offloaded=offloaded, fixed=choices)
+        offload = (device or pipe.device).type != "cpu"
+    return make_plan(job, budget, tiles=tiles, offload=offload, offloaded=device is not None, fixed=choices)
 
 
 def count_job(
@@ -133,14 +141,22 @@ def count_job(
     clamp: bool = False,
     noise: torch.Tensor | None = None,
     through: Through = All(),  # noqa: B008
+    heldout: Any = None,
 ) -> Job:
-    """The job of one call with its loss and, per trained weight, ``states`` tensors of optimizer state."""
+    """The job of one call with its losses and, per trained weight, ``states`` tensors of optimizer state."""
     job, pictures = rehearse(pipe, args, kwargs, train, clamp=clamp, noise=noise, through=through)
+    heldout = loss.heldout if heldout is None and isinstance(loss, InParts) else heldout
     scored, notes = count_loss(loss, pictures) if loss is not None and pictures is not None else (None, ())
+    judged: Loss | None = None
+    if heldout is not None and pictures is not None:
+        judged, more = count_loss(heldout, pictures, graded=False)
+        notes = (*notes, *more)
     if not through.exact:
         some = f"{job.graded_calls} of {job.network_calls} network calls carry the gradient (through={through.spec!r})"
         notes = (f"{some}; the others are made once and keep nothing.", *notes)
-    return dataclasses.replace(job, loss=scored, state=states * job.gradients, notes=notes)
+    return dataclasses.replace(
+        job, loss=scored, heldout=judged, state=states * job.gradients, notes=notes
+    )
 
 
 def _arguments(

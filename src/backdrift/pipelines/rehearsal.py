@@ -19,16 +19,18 @@ from ..blocks import Level
 from ..errors import BackdriftError, UnsupportedError
 from ..planning.count import Count
 from ..planning.job import Component, Job, Kind, Moment, Role
-from ..planning.meta import like, set_dtypes, to_meta, weight_bytes, weights_of
-from ..planning.profile import Profile, profile
+from ..planning.meta import like, set_dtypes, storage_bytes, to_meta, weights_of
+from ..planning.profile import Guests, Profile, profile
+from ..residence import Residence, layers
 from ..through import All, Through
 from .calls import PipelineCall
 from .clone import clone_of
 from .draws import Noise, drawing
 from .endings import Ending, ending_of
+from .homes import homes_of, way_of
 from .outputs import first_tensor
 from .refusals import plain_class
-from .shadow import Train, trained_parameters
+from .shadow import Train, networks, trained_parameters
 from .stand_in import alike, answer, meta_leaves, rows, stand_in_call, template, tiling, zeros_like
 from .stepping import Loop
 from .targets import with_targets
@@ -116,6 +118,7 @@ class _Stage:
         self.pipe, self.clamp, self.ending, self.through = pipe, clamp, ending, through
         self.given_noise = noise
         self.trained = {id(p): p.nbytes for p in trained_parameters(pipe, train).values()}
+        self.ways = {name: way_of(module) for name, module in networks(pipe).items()}
         self.count = Count()
         self.inside = False
         self.kinds: dict[Any, tuple[Kind, Any]] = {}
@@ -171,15 +174,20 @@ class _Stage:
 
     def _on_stage(self, name: str, module: nn.Module) -> nn.Module:
         role = role_of(name, to_meta(module))
+        way = self.ways.get(name)
+        stays = way is None and any(self.ways.values())
+        residence = Residence(module, role, Guests(), [] if stays else layers(module))
         methods = ["forward", *(m for m in ("encode", "decode") if role == "decoder" and hasattr(module, m))]
         for method in methods:
-            called = self._stand_in(name, module, method, role)
+            called = self._stand_in(name, module, method, role, residence)
             setattr(module, method, called if self.ending is None else self.ending.asleep(called))
         module.__class__ = _on_the_cpu(type(module))
         return module
 
-    def _stand_in(self, name: str, module: nn.Module, method: str, role: Role) -> Callable[..., Any]:
-        fn, weights = getattr(module, method), weights_of(module)
+    def _stand_in(
+        self, name: str, module: nn.Module, method: str, role: Role, residence: Residence
+    ) -> Callable[..., Any]:
+        fn, weights = residence.around(getattr(module, method)), weights_of(module)
         full = [t.dtype for t in weights]
 
         def called(*args: Any, **kwargs: Any) -> Any:
@@ -193,7 +201,9 @@ class _Stage:
                 converted = sum(t.nbytes for t, dtype in zip(weights, full, strict=True) if t.dtype != dtype)
                 key = (name, method, spec, torch.is_grad_enabled(), converted, *map(alike, leaves))
                 if key not in self.kinds:
-                    self.kinds[key] = self._measured(name, module, fn, (leaves, spec), role, converted)
+                    self.kinds[key] = self._measured(
+                        name, module, fn, (leaves, spec), role, converted, residence
+                    )
             finally:
                 self.count.paused = self.inside = False
             kind, shape = self.kinds[key]
@@ -212,6 +222,7 @@ class _Stage:
         arguments: tuple[list[Any], Any],
         role: Role,
         converted: int,
+        residence: Residence,
     ) -> tuple[Kind, Any]:
         """A kind of calls, measured, and what it returns."""
         leaves, spec = arguments
@@ -228,9 +239,16 @@ class _Stage:
             set_dtypes(weights, now)
             self.inside = True
             try:
-                with blocks.installed(module, level), tiling(module, tiled), torch.set_grad_enabled(graded):
+                with (
+                    blocks.installed(module, level, residence),
+                    tiling(module, tiled, residence),
+                    torch.set_grad_enabled(graded),
+                ):
                     return profile(
-                        lambda: fn(*args, **kwargs), gradient, lambda out: templates.append(template(out))
+                        lambda: fn(*args, **kwargs),
+                        gradient,
+                        lambda out: templates.append(template(out)),
+                        residence.turns,  # type: ignore[arg-type]
                     )
             finally:
                 self.inside = inside
@@ -252,11 +270,15 @@ class _Stage:
     def _components(self) -> tuple[Component, ...]:
         """Every part with weights, the safety checker too, which is not on stage."""
         found = []
+        offloaded = any(self.ways.values())
         for name, value in vars(self.pipe).items():
             module = getattr(value, "_orig_mod", value)
             if isinstance(module, nn.Module):
-                trained = sum(self.trained.get(id(p), 0) for p in module.parameters())
-                found.append(Component(name, weight_bytes(module), trained))
+                homes = homes_of(module)
+                weights = {id(t): t for t in (homes.get(id(t), t) for t in weights_of(module))}
+                trained = sum(self.trained.get(key, 0) for key in weights)
+                stays = offloaded and way_of(module) is None
+                found.append(Component(name, storage_bytes(weights.values()), trained, stays))
         return tuple(found)
 
     def _own(self) -> tuple[int, ...]:

@@ -22,13 +22,14 @@ __all__ = ["count_loss"]
 _PROMPT = "one"
 
 
-def count_loss(loss: Any, pictures: Tensor) -> tuple[Loss | None, tuple[str, ...]]:
+def count_loss(loss: Any, pictures: Tensor, *, graded: bool = True) -> tuple[Loss | None, tuple[str, ...]]:
     """The bytes of a loss on given pictures, and a note if they could not be counted.
 
     Args:
         loss: the name of a CLIP model whose configuration ships with the package, or anything that
             :func:`backdrift.losses.resolve` takes. A callable's networks are found if it is a module.
         pictures: (N, 3, H, W) on the meta device.
+        graded: whether its gradient by the pictures is taken.
 
     Raises:
         InputError: a spec that means no loss.
@@ -45,16 +46,17 @@ def count_loss(loss: Any, pictures: Tensor) -> tuple[Loss | None, tuple[str, ...
             if isinstance(part, CLIPText):  # texts are embedded once, without gradients, and remembered
                 part.embed_texts([part.text] if part.text is not None else [_PROMPT])
         name, weights = scorer.spec or type(scorer).__name__, weight_bytes(scorer)
-    images = like(pictures.detach()).requires_grad_()
+    images = like(pictures.detach()).requires_grad_(graded)
     try:
         values = network if scorer is None else _values(to_meta(shadow(scorer, set())), rows)
-        counted = profile(lambda: values(images).sum(), [images])
+        with torch.set_grad_enabled(graded):
+            counted = profile(lambda: values(images).sum(), [images])
     except BackdriftError:
         raise
     except Exception as error:  # it reads values, or networks that cannot be found or copied
         note = f"The loss {name} could not be counted ({type(error).__name__}: {error}); leave room for it."
         return None, (note,)
-    return Loss(name, weights, rows, counted, images.nbytes), ()
+    return Loss(name, weights, rows, counted, images.nbytes if graded else 0), ()
 
 
 def _values(scorer: Any, rows: int) -> Callable[[Tensor], Tensor]:

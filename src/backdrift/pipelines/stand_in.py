@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .. import blocks
 from ..planning.meta import like, map_tensors
+from ..residence import Residence
 from .calls import PipelineCall
 
 _FEW = 64
@@ -125,14 +126,14 @@ def _stand_in_argument(value: Any) -> Any:
 
 
 @contextmanager
-def tiling(module: nn.Module, tiled: bool) -> Iterator[None]:
+def tiling(module: nn.Module, tiled: bool, residence: Residence | None = None) -> Iterator[None]:
     """A decoder in tiles, each redone alone."""
     if not tiled:
         yield
         return
     inner: Any = module.decoder
     before, module.use_tiling = module.use_tiling, True  # type: ignore[assignment]
-    blocks.wrap("decoder", inner)
+    blocks.wrap("decoder", inner, residence=residence)
     try:
         yield
     finally:

@@ -28,7 +28,8 @@ class Choices:
         loss: how many pictures are scored at a time; None: all.
         latents: where arguments of the calls that will be run again wait for the backward pass: ``"device"`` or
             ``"cpu"``.
-        weights: ``"device"``: all stay there; ``"offload"``: only what the present phase calls.
+        weights: ``"device"``: all stay there; ``"offload"``: only what the present phase calls; ``"stream"``: only those
+            of the layer that is being called or differentiated.
     """
 
     keep: int | None = None
@@ -38,7 +39,7 @@ class Choices:
     decode: Literal["batch", "sample", "tiles"] = "batch"
     loss: int | None = None
     latents: Literal["device", "cpu"] = "device"
-    weights: Literal["device", "offload"] = "device"
+    weights: Literal["device", "offload", "stream"] = "device"
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def candidates(
         job: what is planned.
         tiles: whether decoding in tiles, which is not exact, is one.
         offload: whether there is a second place to move weights to.
-        offloaded: the weights wait there already.
+        offloaded: the weights wait there already; how much of them comes at a time is open.
         park: whether there is one for latents; None: as for weights.
         micro: whether the loss can be evaluated on a few pictures at a time.
     """
@@ -85,9 +86,11 @@ def candidates(
         "decode": ["batch", *(["sample"] if samples else []), *(["tiles"] if tiled else [])],
         "loss": [None, *([1] if micro and job.loss is not None and job.loss.rows > 1 else [])],
         "latents": ["device", *(["cpu"] if (offload if park is None else park) and job.latents else [])],
-        "weights": ["offload"]
-        if offloaded
-        else ["device", *(["offload"] if offload and len(job.components) > 1 else [])],
+        "weights": [
+            *([] if offloaded else ["device"]),
+            *(["offload"] if offloaded or (offload and len(job.components) > 1) else []),
+            *(["stream"] if offloaded or offload else []),
+        ],
     }
     for values in itertools.product(*options.values()):
         yield replace(Choices(), **dict(zip(options, values, strict=True)))

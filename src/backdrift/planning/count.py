@@ -34,6 +34,10 @@ class Count(TorchDispatchMode):
     Attributes:
         live: bytes held now.
         peak: the most since :meth:`reset_peak`.
+        guests: bytes of copies of weights now, which are in neither.
+        largest: the most of them since :meth:`reset_peak`.
+        together: the most of both at a time since :meth:`reset_peak`.
+        moved: bytes of all guests so far.
         paused: while true, nothing is counted.
         flops: of matrix products, convolutions and attentions; a multiply-add is two.
     """
@@ -41,6 +45,7 @@ class Count(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = self.flops = 0
+        self.guests = self.largest = self.together = self.moved = 0
         self.paused = False
         self._watched: dict[int, Any] = {}
         self._late: tuple[Any, int] | None = None
@@ -48,7 +53,22 @@ class Count(TorchDispatchMode):
     def reset_peak(self) -> None:
         """Forget the peak so far."""
         self.settle()
-        self.peak = self.live
+        self.peak, self.largest, self.together = self.live, self.guests, self.live + self.guests
+
+    def admit(self, storage: torch.UntypedStorage) -> None:
+        """Count a copy of weights as a guest until it is freed."""
+        key, nbytes = storage._cdata, storage.nbytes()
+
+        def gone(_: Any) -> None:
+            self.guests -= nbytes
+            self._watched.pop(key, None)
+
+        self.settle()
+        self._watched[key] = weakref.ref(storage, gone)
+        self.guests += nbytes
+        self.moved += nbytes
+        self.largest = max(self.largest, self.guests)
+        self.together = max(self.together, self.live + self.guests)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -117,6 +137,7 @@ class Count(TorchDispatchMode):
         self._watched[key] = weakref.ref(storage, freed)
         self.live += nbytes
         self.peak = max(self.peak, self.live)
+        self.together = max(self.together, self.live + self.guests)
 
 
 class FusedAttention(TorchFunctionMode):

@@ -19,11 +19,13 @@ class Component:
     Attributes:
         weights: bytes of its parameters and buffers, each storage once.
         trained: bytes of the weights that get gradients.
+        stays: whether it stays on the device where others of the pipeline are offloaded.
     """
 
     name: str
     weights: int
     trained: int = 0
+    stays: bool = False
 
 
 @dataclass(eq=False)
@@ -104,6 +106,7 @@ class Job:
         loss: None for one that needs nothing beyond the pictures.
         state: bytes of optimizer state.
         notes: what could not be counted, and what else is to be said of the plan.
+        heldout: what else scores the pictures, without a gradient.
     """
 
     name: str
@@ -116,11 +119,17 @@ class Job:
     loss: Loss | None = None
     state: int = 0
     notes: tuple[str, ...] = ()
+    heldout: Loss | None = None
 
     @property
     def weights(self) -> int:
-        """Bytes of all weights, the loss's own included."""
-        return sum(c.weights for c in self.components) + (self.loss.weights if self.loss else 0)
+        """Bytes of all weights, the losses' own included."""
+        return sum(c.weights for c in self.components) + self.loss_weights
+
+    @property
+    def loss_weights(self) -> int:
+        """Bytes of the losses' own weights."""
+        return sum(loss.weights for loss in (self.loss, self.heldout) if loss is not None)
 
     @property
     def gradients(self) -> int:

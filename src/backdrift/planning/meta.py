@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["like", "map_tensors", "set_dtypes", "to_meta", "weight_bytes", "weights_of"]
+__all__ = ["like", "map_tensors", "set_dtypes", "storage_bytes", "to_meta", "weight_bytes", "weights_of"]
 
 
 def like(tensor: torch.Tensor) -> torch.Tensor:
@@ -53,8 +53,13 @@ def set_dtypes(tensors: Sequence[torch.Tensor], wanted: Sequence[torch.dtype]) -
 
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of parameters and buffers, each storage once."""
+    return storage_bytes(weights_of(module))
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of tensors, each storage once."""
     found: dict[Any, int] = {}
-    for tensor in weights_of(module):
+    for tensor in tensors:
         try:
             storage = tensor.untyped_storage()
             found[storage._cdata] = storage.nbytes()

@@ -26,6 +26,8 @@ _WORDS = {
     ("latents", "cpu"): "let latents and other arguments of calls wait on the CPU",
     ("weights", "offload"): "keep only the weights of the present phase on the device "
     "(pipe.enable_model_cpu_offload())",
+    ("weights", "stream"): "bring each layer's weights to the device for the length of its own call "
+    "(pipe.enable_model_cpu_offload(), and a budget for the run)",
 }
 
 
@@ -112,8 +114,9 @@ class Plan:
         """Bytes of each part of the job on its own, all in one piece: what the choices are about."""
         job = self.job
         found = {f"weights: {c.name}": c.weights for c in job.components}
-        if job.loss is not None and job.loss.weights:
-            found[f"weights: {job.loss.name}"] = job.loss.weights
+        for loss in (job.loss, job.heldout):
+            if loss is not None and loss.weights:
+                found[f"weights: {loss.name}"] = found.get(f"weights: {loss.name}", 0) + loss.weights
         found["latents and arguments, all calls"] = job.latents
         for role, word in (("network", "call"), ("decoder", "call"), ("other", "call")):
             for kind in job.kinds(role):  # type: ignore[arg-type]
@@ -126,6 +129,8 @@ class Plan:
                 )
         if job.loss is not None:
             found[f"activations of {job.loss.name}"] = job.loss.profile.saved
+        if job.heldout is not None:
+            found[f"for a moment, {job.heldout.name} without a gradient"] = job.heldout.profile.forward
         found["gradients of weights"] = job.gradients
         found["optimizer state"] = job.state
         return {name: nbytes for name, nbytes in found.items() if nbytes}
@@ -213,7 +218,8 @@ def make_plan(
 
 
 def _hint(job: Job, least: Option) -> str:
-    weights = job.weights if least.choices.weights == "device" else max(c.weights for c in job.components)
+    most = max((c.weights for c in job.components), default=0)
+    weights = {"device": job.weights, "offload": most, "stream": 0}[least.choices.weights]
     share = weights / least.needs.peak
     if share > 0.5:
         advice = f"{format_size(weights)} of it are weights: load them in half precision or quantised"

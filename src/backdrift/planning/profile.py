@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from ..residence import Turns
 from .count import Count, FusedAttention
 
-__all__ = ["Profile", "profile"]
+__all__ = ["Guests", "Profile", "Streamed", "profile"]
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """What one call needs more where its weights come and go layer by layer.
+
+    Attributes:
+        forward, backward: bytes on top of the call's own peaks.
+        largest: the most bytes of weights at any time.
+        forward_moved, backward_moved: bytes of weights that are brought; with blocks that are redone, those too.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    largest: int = 0
+    forward_moved: int = 0
+    backward_moved: int = 0
 
 
 @dataclass(frozen=True)
@@ -23,6 +42,7 @@ class Profile:
         forward: the most while it runs, ``saved`` included.
         backward: the most while it is differentiated, ``saved`` included.
         forward_flops, backward_flops: floating-point operations; with blocks that are redone, those too.
+        streamed: what is needed more where weights come and go.
     """
 
     saved: int = 0
@@ -30,16 +50,52 @@ class Profile:
     backward: int = 0
     forward_flops: int = 0
     backward_flops: int = 0
+    streamed: Streamed = Streamed()
 
     def part(self, parts: int) -> Profile:
-        """One of ``parts`` equal slices of the batch: all of it is in proportion to the rows."""
-        return Profile(*(-(-getattr(self, name) // parts) for name in self.__dataclass_fields__))
+        """One of ``parts`` equal slices of the batch: all of it is in proportion to the rows, but for weights."""
+        if parts == 1:
+            return self
+
+        def share(n: int) -> int:
+            return -(-n // parts)
+
+        largest = self.streamed.largest  # the peak may be where the largest layer is
+        return Profile(
+            share(self.saved),
+            share(self.forward),
+            share(self.backward),
+            share(self.forward_flops),
+            share(self.backward_flops),
+            replace(self.streamed, forward=largest, backward=largest),
+        )
+
+
+class Guests(Turns):
+    """A device on which copies of weights are counted, as they come and go in a call that is measured."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("meta"))
+        self.count: Count | None = None
+
+    def _loaded(self, home: torch.Tensor) -> torch.Tensor:
+        count = self.count
+        if count is None:
+            return super()._loaded(home)
+        before, count.paused = count.paused, True
+        try:
+            copy = super()._loaded(home)
+        finally:
+            count.paused = before
+        count.admit(copy.untyped_storage())
+        return copy
 
 
 def profile(
     call: Callable[[], Any],
     leaves: Sequence[torch.Tensor],
     on_output: Callable[[Any], None] = lambda out: None,
+    guests: Guests | None = None,
 ) -> Profile:
     """Run ``call`` and its backward pass on the meta device.
 
@@ -47,6 +103,7 @@ def profile(
         call: without arguments; its tensors are on the meta device.
         leaves: what gets gradients: inputs and weights. Each gradient is let go as soon as it is complete.
         on_output: sees what the call returned.
+        guests: where the copies of the weights come and go, if they do.
     """
     count = Count()
     handles = [
@@ -55,22 +112,35 @@ def profile(
         if leaf.requires_grad and leaf.is_leaf
     ]
     try:
+        if guests is not None:
+            guests.count = count
         with count, FusedAttention():
-            out = call()
+            with nullcontext() if guests is None else guests.saving():
+                out = call()
             forward, forward_flops = count.peak, count.flops
+            streamed = Streamed(count.together - count.peak, 0, count.largest, count.moved, 0)
             count.paused = True
             on_output(out)
             root = _root(out)
             count.paused = False
             del out
             if root is None:
-                return Profile(0, forward, 0, forward_flops, 0)
+                return Profile(0, forward, 0, forward_flops, 0, streamed)
             saved = count.live
             count.reset_peak()
             _backward(root)
             count.settle()
-            return Profile(saved, forward, count.peak, forward_flops, count.flops - forward_flops)
+            streamed = Streamed(
+                streamed.forward,
+                count.together - count.peak,
+                max(streamed.largest, count.largest),
+                streamed.forward_moved,
+                count.moved - streamed.forward_moved,
+            )
+            return Profile(saved, forward, count.peak, forward_flops, count.flops - forward_flops, streamed)
     finally:
+        if guests is not None:
+            guests.count = None
         for handle in handles:
             handle.remove()
 

@@ -31,13 +31,19 @@ def option(job: Job, choices: Choices) -> Option:
 def fitting(job: Job, tactics: Sequence[Choices], budget: int) -> Option | None:
     """The fastest option within ``budget`` bytes, with as many calls kept as fit; None if nothing fits.
 
-    One that repeats the undivided arithmetic is taken before any that divides a batch, which costs the last digit.
+    One that repeats the undivided arithmetic is taken before any that divides a batch, which costs the last digit; and
+    both before any that brings weights layer by layer, which costs most time.
     """
     plain = option(job, Choices(weights=tactics[0].weights))
     if plain.needs.peak <= budget:  # nothing else has to be measured
         return plain
-    same = [choices for choices in tactics if choices.same_bits]
-    return _fastest(job, same, budget) or _fastest(job, tactics, budget)
+    for streamed in (False, True):
+        some = [choices for choices in tactics if streamed or choices.weights != "stream"]
+        same = [choices for choices in some if choices.same_bits]
+        found = _fastest(job, same, budget) or _fastest(job, some, budget)
+        if found is not None:
+            return found
+    return None
 
 
 def _fastest(job: Job, tactics: Iterable[Choices], budget: int) -> Option | None:

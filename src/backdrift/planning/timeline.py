@@ -26,7 +26,7 @@ class Estimate:
 
     Attributes:
         phases: most bytes of everything in each phase: ``"encoding"``, ``"sampling"``, ``"decoding"``, ``"loss"``,
-            ``"decoder backward"`` and ``"network backward"``, those that there are.
+            ``"decoder backward"``, ``"network backward"`` and ``"held-out loss"``, those that there are.
         calls: network calls, first and redone.
         redone: the redone ones.
         cost: floating-point operations, moved bytes in their measure.
@@ -78,7 +78,11 @@ class _Timeline:
         self.saved = [0, *itertools.accumulate(saved)]
         self.own = [0, *itertools.accumulate(job.own)]
         self.first = self._first_held(self.count - 1)  # of the calls that are still held when all have ended
+        self.streamed = choices.weights == "stream"
         self.offloaded = self._offloaded() if choices.weights == "offload" else {}
+        # What waits elsewhere has its gradients and its optimizer's state there.
+        self.state = job.state if choices.weights == "device" else 0
+        self.gradients = 0 if self.streamed else job.gradients
 
     def moments(self) -> Iterator[tuple[str, int]]:
         """Phase and bytes of everything, in the order of time."""
@@ -86,32 +90,35 @@ class _Timeline:
         for moment in job.forward:
             i = moment.call
             phase = {"network": "sampling", "decoder": "decoding", "other": "encoding"}[job.calls[i].role]
-            converted = max(converted, job.calls[i].converted)
-            rest = self._weights(i) + converted + job.state
+            converted = 0 if self.streamed else max(converted, job.calls[i].converted)
+            rest = self._weights(i) + converted + self.state
             earlier, first = self._first_held(i - 1), self._first_held(i)
             yield phase, rest + self._held(earlier, i) + moment.before - self._parked(i, earlier)
             yield (
                 phase,
                 rest + self._held(first, i) + moment.during + self._running(i) - self._parked(i, first),
             )
-        rest = self._weights(self.count - 1) + converted + job.state
+        rest = self._weights(self.count - 1) + converted + self.state
         held = self._held(self.first, self.count) - self._parked(self.count)
         yield "loss", rest + held + job.pictures + self._loss()
         gradients = 0
         for moment in job.backward:
             i = moment.call
             network = job.calls[i].role == "network"
-            gradients = job.gradients if network else gradients
+            gradients = self.gradients if network else gradients
             phase = "network backward" if network else "decoder backward"
             rest = (
                 self._weights(i)
                 + converted
-                + job.state
+                + self.state
                 + gradients
                 + self._held(self.first, i)
                 - self._parked(i)
             )
             yield phase, rest + max(moment.before, moment.during + self._differentiated(i))
+        if job.heldout is not None:
+            rest = self._weights(self.count - 1) + converted + self.state + self.gradients
+            yield "held-out loss", rest + job.pictures + self._heldout()
 
     def redone_network_calls(self) -> int:
         """Network calls that the backward pass runs again."""
@@ -131,6 +138,8 @@ class _Timeline:
         if self.job.loss is not None:
             loss = self.job.loss.profile
             total += (loss.forward_flops + loss.backward_flops) * (_PARTS if self.choices.loss else 1)
+        if self.job.heldout is not None:
+            total += self.job.heldout.profile.forward_flops * (_PARTS if self.choices.loss else 1)
         return total + FLOPS_PER_BYTE * self._moved()
 
     def _profile(self, kind: Kind) -> Profile:
@@ -161,14 +170,21 @@ class _Timeline:
         whole, parts = self.profiles[i], self.parts[i]
         keep = self.choices.keep
         held = keep is None or (keep > 0 and self.job.calls[i].role == "network")
-        return (whole.saved * (parts - 1) // parts if held else 0) + whole.part(parts).forward
+        return (whole.saved * (parts - 1) // parts if held else 0) + self._forward(whole.part(parts))
 
     def _differentiated(self, i: int) -> int:
         """A call's own bytes while it is differentiated, from the last part to the first."""
         part, parts = self.profiles[i].part(self.parts[i]), self.parts[i]
         if i >= self.first and (self.choices.keep is None or self.job.calls[i].role == "network"):
-            return self.profiles[i].saved * (parts - 1) // parts + part.backward
-        return part.backward if i >= self.first and parts == 1 else max(part.forward, part.backward)
+            return self.profiles[i].saved * (parts - 1) // parts + self._backward(part)
+        backward = self._backward(part)
+        return backward if i >= self.first and parts == 1 else max(self._forward(part), backward)
+
+    def _forward(self, profile: Profile) -> int:
+        return profile.forward + (profile.streamed.forward if self.streamed else 0)
+
+    def _backward(self, profile: Profile) -> int:
+        return profile.backward + (profile.streamed.backward if self.streamed else 0)
 
     def _parked(self, i: int, first: int | None = None) -> int:
         """Arguments of calls before ``i`` that wait elsewhere: those of calls before ``first`` (when all have ended,
@@ -185,15 +201,24 @@ class _Timeline:
         part = loss.profile.part(max(1, loss.rows // self.choices.loss))
         return max(part.forward, part.backward) + loss.pull
 
+    def _heldout(self) -> int:
+        """Bytes while the pictures are scored without a gradient, when the backward pass has ended."""
+        loss = self.job.heldout
+        if loss is None:
+            return 0
+        return loss.profile.part(max(1, loss.rows // self.choices.loss) if self.choices.loss else 1).forward
+
     def _weights(self, i: int) -> int:
+        if self.streamed:  # the others' are counted with the call itself
+            stay = sum(c.weights for c in self.job.components if c.stays)
+            return stay + self.job.loss_weights
         return self.offloaded[self.job.calls[i]] if self.offloaded else self.job.weights
 
     def _offloaded(self) -> dict[Kind, int]:
         """Bytes of the weights on the device during a kind of calls."""
-        loss = self.job.loss.weights if self.job.loss else 0
         return {
-            kind: loss
-            + sum(c.weights if c.name in self._turn(kind) else c.trained for c in self.job.components)
+            kind: self.job.loss_weights
+            + sum(c.weights for c in self.job.components if c.stays or c.name in self._turn(kind))
             for kind in set(self.job.calls)
         }
 
@@ -206,8 +231,13 @@ class _Timeline:
     def _moved(self) -> int:
         """Bytes that go to the device and come back."""
         moved = 2 * self._parked(self.count)
+        if self.streamed:
+            for i, profile in enumerate(self.profiles):
+                calls = 1 + (i in self.reached and i < self.first)
+                moved += self.parts[i] * calls * profile.streamed.forward_moved
+                moved += self.parts[i] * (i in self.reached) * profile.streamed.backward_moved
         if self.choices.weights == "offload":
-            sizes = {c.name: c.weights for c in self.job.components}
+            sizes = {c.name: 0 if c.stays else c.weights for c in self.job.components}
             turns = {kind: self._turn(kind) for kind in set(self.job.calls)}
             before: frozenset[str] = frozenset()
             for moment in (*self.job.forward, *self.job.backward):

@@ -12,6 +12,7 @@ from ...planning.choices import Choices
 from ...planning.plan import make_plan, words
 from ...planning.search import option
 from ..load import noise as drawn_noise
+from ..offloaded import execution_device
 from ..rehearsal import rehearse
 from .arguments import accepted
 from .gradient import Pulled, Subject
@@ -59,7 +60,8 @@ def planned_rows(subject: Subject) -> Iterator[Row]:
     if rehearsal is None:
         yield Row("skipped", TOPIC, "at the model's own size", said, "bd.plan(pipe, height, width, steps, …)")
         return
-    made = make_plan(rehearsal.job, None, offload=False)
+    offloaded = execution_device(subject.pipe) is not None
+    made = make_plan(rehearsal.job, None, offload=False, offloaded=offloaded)
     shape = tuple(rehearsal.pictures.shape[1:]) if rehearsal.pictures is not None else ()
     where += f", result {'x'.join(map(str, shape))}"
     for role, title in (("network", "one network call"), ("decoder", "one decode")):
