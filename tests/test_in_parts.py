@@ -225,7 +225,7 @@ def test_a_heldout_loss_is_divided_where_the_loss_is(plans: list[Plan]) -> None:
     def mixed(images: Tensor, chosen: Any) -> Tensor:
         return heldout(images - images.mean(0), chosen)
 
-    with pytest.raises(InputError, match="The held-out loss cannot be evaluated on a few pictures.*mixes"):
+    with pytest.raises(InputError, match=r"The held-out loss cannot be evaluated on a few pictures.*mixes"):
         job.measure.score(mixed, pictures_, job.examples, "held-out loss")
     whole = Job("max")
     whole()
@@ -247,7 +247,7 @@ class Judge(Waves):
 
 
 def test_a_heldout_loss_is_counted(tmp_path: Path, plans: list[Plan]) -> None:
-    """Its weights all the time; what it holds while it scores when the backward pass has ended, in parts if so chosen."""
+    """Its weights all the time; what it holds while it scores, when the backward pass has ended, in parts if so."""
     pipe, judge = tiny_sd(), Judge()
     without = bd.plan(pipe, SIDE, SIDE, STEPS, batch=BATCH, loss=Waves(), offload=False)
     job = bd.plan(pipe, SIDE, SIDE, STEPS, batch=BATCH, loss=Waves(), heldout=judge, offload=False).job
@@ -266,7 +266,8 @@ def test_a_heldout_loss_is_counted(tmp_path: Path, plans: list[Plan]) -> None:
     for memory in ("max", budget):
         run = bd.optimize(
             tiny_sd(), ["a 2", "b 7", "c 5", "d 1"], Waves(), height=SIDE, width=SIDE, num_inference_steps=STEPS,
-            steps=1, optimizer="sgd", lr=1.0, memory=memory, out=tmp_path / str(memory), progress=False, heldout=Judge(),
+            steps=1, optimizer="sgd", lr=1.0, memory=memory, out=tmp_path / str(memory), heldout=Judge(),
+            progress=False,
         )  # fmt: skip
         ends.append([entry["heldout"] for entry in run.record["iterations"]])
     assert plans[-1].choices.loss == 1

@@ -309,6 +309,19 @@ def test_the_smallest_budget_that_is_named_works_and_one_byte_less_does_not() ->
         make_plan(job, named - 1)
 
 
+def test_where_weights_cannot_be_moved_yet_what_moving_them_would_make_possible_is_said() -> None:
+    job = made_job(n=5)
+    with pytest.raises(BudgetError, match=r"after pipe\.enable_model_cpu_offload\(\) (\d+) bytes") as error:
+        make_plan(job, 10, offload=False, park=True)
+    named = int(str(error.value).split("cpu_offload() ")[-1].split(" ")[0])
+    assert make_plan(job, named, offload=False, offloaded=True, park=True).choices.weights == "stream"
+    with pytest.raises(BudgetError):
+        make_plan(job, named - 1, offload=False, offloaded=True, park=True)
+    with pytest.raises(BudgetError) as error:
+        make_plan(job, 10, offload=False)
+    assert "enable_model_cpu_offload() " not in str(error.value)
+
+
 def test_options_are_fastest_first_and_ever_smaller() -> None:
     options = make_plan(made_job(n=8)).options
     for faster, smaller in itertools.pairwise(options):
@@ -320,9 +333,7 @@ def test_options_are_fastest_first_and_ever_smaller() -> None:
 def test_levels_are_all_tried() -> None:
     found = {c.network for c in candidates(made_job())}
     assert found == set(LEVELS)
-    assert not any(
-        c.weights != "device" or c.latents == "cpu" for c in candidates(made_job(), offload=False)
-    )
+    assert not any(c.weights != "device" or c.latents == "cpu" for c in candidates(made_job(), offload=False))
     assert {c.weights for c in candidates(made_job())} == {"device", "offload", "stream"}
     assert {c.weights for c in candidates(made_job(), offload=False, offloaded=True)} == {"offload", "stream"}
 

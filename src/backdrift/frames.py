@@ -57,12 +57,12 @@ class Frame:
         leaves: list[Any],
         spec: Any,
         weights: Weights,
-    ) -> None:
         turns: Turns | None = None,
         self.ledger, self.role, self.fn, self.weights = ledger, role, fn, weights
-        self.leaves, self.spec = leaves, spec
+    ) -> None:
         self.turns = turns
         self.tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        self.leaves, self.spec = leaves, spec
         self.versions = [t._version for t in self.tensors]
         self.flags = [t.requires_grad for t in self.tensors]
         self.ambient = Ambient(leaves)
@@ -235,7 +235,8 @@ class Frame:
             detached = tensor.detach()
             ticket = tickets[i] if i < len(tickets) else None
             if self.turns is not None and self.turns.place_of(tensor) is not None:
-                return None  # this run's own graph, which nobody goes back through, would keep the weight here
+                # This run's own graph, which nobody goes back through, would keep the weight here.
+                return None
             if ticket is not None:
                 if tensor.shape != ticket.shape:
                     raise self._differs(f"shape {tuple(tensor.shape)} where it was {tuple(ticket.shape)}")

@@ -329,7 +329,8 @@ class Residence:
         self, module: nn.Module, phase: str, turns: Turns, parts: Sequence[Part] | None = None
     ) -> None:
         self.turns = turns
-        self._members: list[tuple[Member, int, set[int]]] = []  # with their modules, and those that hold slots
+        # With the modules that they are there for, and those that hold their slots.
+        self._members: list[tuple[Member, int, set[int]]] = []
         self._outer: list[Member] = []
         self._over: dict[int, list[Member]] = {}
         for around, slots in [Part(module, slots_of(module))] if parts is None else parts:

@@ -35,7 +35,8 @@ def sequential(pipe: Any) -> None:
             hooks = getattr(getattr(child, "_hf_hook", None), "hooks", [getattr(child, "_hf_hook", None)])
             for hook in hooks:
                 if getattr(hook, "execution_device", None) is not None:
-                    hook.execution_device = CPU  # a Parameter's copy on "cpu:0" is none, and accelerate wants one
+                    # A Parameter's copy on "cpu:0" is no Parameter, and accelerate wants one.
+                    hook.execution_device = CPU
 
 
 WAYS: dict[str, Callable[[Any], None]] = {
@@ -258,7 +259,7 @@ def test_streams_are_left_to_the_pipeline(monkeypatch: pytest.MonkeyPatch, devic
     class Backend:
         def __init__(self, device: torch.device) -> None: ...
 
-        def Stream(self) -> Stream:  # noqa: N802
+        def Stream(self) -> Stream:
             return Stream()
 
         def current_stream(self) -> Stream:
@@ -337,7 +338,9 @@ def test_weights_edited_at_home_are_noticed(way: str, memory: str) -> None:
         loss_of(images).backward()
 
 
-@TRAP.handled("a budget: the plan counts the weights of one phase at a time, or of one layer where no phase fits")
+@TRAP.handled(
+    "a budget: the plan counts the weights of one phase at a time, or of one layer where no phase fits"
+)
 def test_a_budget_counts_one_phase_at_a_time() -> None:
     pipe = tiny_sd()
     inputs = leaves_of(pipe)

@@ -99,4 +99,5 @@ class Offloading:
 def _on(cls: Any, device: torch.device, *names: str) -> Any:
     """A subclass by the same name that says where it is."""
     told = {name: property(lambda self: device) for name in names or ("device",)}
-    return type(cls.__name__, (cls,), {**told, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    names_of = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (cls,), told | names_of)

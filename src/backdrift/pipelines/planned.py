@@ -75,7 +75,7 @@ def plan(
             ``"clip-vit-large-patch14"`` for a loss on such a network; or anything that
             :func:`backdrift.losses.resolve` takes. Where the plan scores one picture at a time,
             :func:`~backdrift.optimize` does so by itself, and :class:`backdrift.losses.InParts` elsewhere.
-        heldout: what else scores the pictures, without a gradient, as :func:`~backdrift.optimize` takes it; like ``loss``.
+        heldout: what else scores the pictures, without a gradient (of :func:`~backdrift.optimize`); like ``loss``.
         memory: bytes of everything on the device, or a size such as ``"16GiB"``; None for no limit.
         train: which weights get gradients, as in :func:`~backdrift.differentiable`. ``"lora"`` on a model without
             adapters: of rank ``rank``, on the attentions' projections.
@@ -122,7 +122,8 @@ def plan(
             "for: name weights with train= (--train), or keep the state's path with Steps([...])"
         )
     device = execution_device(pipe)
-    if choices is not None and choices.weights == "device" and device is not None:  # they come as they are set up
+    if choices is not None and choices.weights == "device" and device is not None:
+        # They come as they are set up.
         ways = {way_of(module) for module in networks(pipe).values()}
         choices = dataclasses.replace(choices, weights="stream" if ways - {"model", None} else "offload")
     if offload is None:
@@ -154,9 +155,7 @@ def count_job(
     if not through.exact:
         some = f"{job.graded_calls} of {job.network_calls} network calls carry the gradient (through={through.spec!r})"
         notes = (f"{some}; the others are made once and keep nothing.", *notes)
-    return dataclasses.replace(
-        job, loss=scored, heldout=judged, state=states * job.gradients, notes=notes
-    )
+    return dataclasses.replace(job, loss=scored, heldout=judged, state=states * job.gradients, notes=notes)
 
 
 def _arguments(

@@ -28,8 +28,8 @@ class Choices:
         loss: how many pictures are scored at a time; None: all.
         latents: where arguments of the calls that will be run again wait for the backward pass: ``"device"`` or
             ``"cpu"``.
-        weights: ``"device"``: all stay there; ``"offload"``: only what the present phase calls; ``"stream"``: only those
-            of the layer that is being called or differentiated.
+        weights: ``"device"``: all stay there; ``"offload"``: only what the present phase calls; ``"stream"``: only
+            those of the layer that is being called or differentiated.
     """
 
     keep: int | None = None

@@ -210,9 +210,15 @@ def make_plan(
         chosen = fitting(job, tactics, budget)
     if chosen is None:
         least = smallest(job, tactics)
+        hint = _hint(job, least)
+        if park and not offload and not offloaded:
+            # There is a second place, but it is the user who sends weights there.
+            away = candidates(job, tiles=tiles, offload=False, offloaded=True, park=park, micro=micro)
+            would = format_size(smallest(job, list(away)).needs.peak)
+            hint += f"; after pipe.enable_model_cpu_offload() {would} would do"
         raise BudgetError(
             f"memory={format_size(budget or 0)} is too small for {job.name}: the smallest budget that works is "
-            f"{format_size(least.needs.peak)}, needed at the {least.needs.tightest}. " + _hint(job, least)
+            f"{format_size(least.needs.peak)}, needed at the {least.needs.tightest}. {hint}"
         )
     return Plan(job, chosen, tactics, budget)
 
@@ -222,8 +228,5 @@ def _hint(job: Job, least: Option) -> str:
     weights = {"device": job.weights, "offload": most, "stream": 0}[least.choices.weights]
     share = weights / least.needs.peak
     if share > 0.5:
-        advice = f"{format_size(weights)} of it are weights: load them in half precision or quantised"
-        return advice + (
-            ", or call pipe.enable_model_cpu_offload()" if least.choices.weights == "device" else ""
-        )
+        return f"{format_size(weights)} of it are weights: load them in half precision or quantised"
     return "Take smaller pictures, a smaller batch, or half precision"
