@@ -349,7 +349,7 @@ def add_to(app: typer.Typer) -> None:
     )  # fmt: skip
     command(
         group, StyleSettings,
-        'backdrift guide style "a red seven on white" --reference painting.jpg --steps 30',
+        'backdrift guide style "a blue two on fur" --reference painting.jpg --steps 30',
         'backdrift guide style "a cat" --model path/to/sd15 --reference painting.jpg --memory 16GiB',
     )(style)  # fmt: skip
     command(group, AestheticSettings, 'backdrift guide aesthetic "a red seven on grass" --steps 30')(

@@ -17,7 +17,7 @@ from ..pipelines.refusals import plain_class
 STEPS, SCALE = 100, 3.0
 #: By what pictures are guided to, then by pipeline.
 STRENGTHS = {
-    "style": {"sd": 0.1, "flow": 0.03},
+    "style": {"sd": 0.06, "flow": 0.03},
     "aesthetic": {"sd": 0.12, "flow": 0.05},
     "object": {"sd": 0.05, "flow": 0.05},
     "class": {"sd": 0.05, "flow": 0.05},
