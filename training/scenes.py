@@ -160,7 +160,7 @@ def soft_mask(ink: Tensor) -> Tensor:
 
 @functools.cache
 def photo(name: str, held_out: bool = False) -> Tensor:
-    """A photograph (3, h, w) in [0, 1] at 341 columns: the left four fifths, or the right one held out."""
+    """A photograph (3, h, w) in [0, 1] at 345 columns: the left four fifths, or the right one held out."""
     from PIL import Image
 
     package, file, tint = PHOTOS[name]
