@@ -13,6 +13,7 @@ from torch import Tensor
 
 from analytic_host import picture, run
 from backdrift.guidance import Guidance, presets
+from backdrift.guidance.streams import stream
 from problems import SCHEDULES, MixtureNetwork
 
 SCALE = 2.5
@@ -72,7 +73,7 @@ class Hand:
         self.a = [(alpha / size) ** 2 for (alpha, _), size in zip(pairs, self.size, strict=True)]
         self.network = MixtureNetwork(schedule, "epsilon").requires_grad_(False)
         self.times, self.cond = case.times, COND[row : row + 1]
-        self.generator = torch.Generator().manual_seed(SEEDS[row])
+        self.generator = stream(SEEDS[row])
 
     def halves(self, x: Tensor, i: int) -> tuple[Tensor, Tensor]:
         z, t = self.size[i] * x, torch.full((1,), self.times[i], dtype=torch.float64)

@@ -14,7 +14,7 @@ import backdrift as bd
 from backdrift.errors import InputError
 from backdrift.guidance import Adaptive, Constant, Guidance
 from backdrift.guidance.attempt import plain
-from backdrift.guidance.streams import Streams
+from backdrift.guidance.streams import Streams, stream
 from backdrift.guidance.subgrids import subgrid
 from backdrift.guidance.travel import renoised
 from backdrift.host import Level
@@ -30,7 +30,7 @@ def freedom(x: Tensor, guided: range, repeats: int, w: float, s: float, seeds: l
     schedule = VP.linear()
     model, network = denoiser(schedule, "epsilon", s)
     times = times_at(schedule, RHOS)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = [stream(seed) for seed in seeds]
     for i in range(STEPS):
         (a, sg), (a2, sg2) = level(schedule, times[i]), level(schedule, times[i + 1])
         for k in range(repeats if i in guided else 1):

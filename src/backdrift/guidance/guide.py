@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError, UnsupportedError
+from ..errors import InputError, MissingGradientError, UnsupportedError
 from ..losses import resolve
+from ..nests import tensors
 from ..pipelines.calls import PipelineCall
 from ..pipelines.capture import Capture, CapturedHost
 from ..pipelines.endings import ending_of
@@ -79,6 +80,7 @@ def guide(
     Raises:
         InputError: arguments do not go together, or the guidance does not fit the run; nothing has been sampled then.
         UnsupportedError: the pipeline's steps cannot be taken again, or how it decodes is not known.
+        MissingGradientError: an argument requires grad.
         NonFiniteError: the loss or its gradient became NaN or infinite.
 
     Example:
@@ -94,6 +96,13 @@ def guide(
     per_prompt = call.get("num_images_per_prompt") or 1
     each = None if prompts is None else [p for p in prompts for _ in range(per_prompt)]
     count = _count(each, latents, call)
+    if latents is not None and len(latents) != count:
+        raise InputError(f"latents has {len(latents)} samples, and the call makes {count} pictures")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors([latents, *call.values()])):
+        raise MissingGradientError(
+            "an argument of guide requires grad, but a guided run is not differentiated: detach it, or guide under "
+            "torch.no_grad()"
+        )
     call |= {"num_inference_steps": num_inference_steps, "generator": _generators(seed, count)}
     if prompt is not None:
         call["prompt"] = prompts if len(prompts or []) > 1 else prompt

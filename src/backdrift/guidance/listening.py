@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import InputError, UnsupportedError
 from ..pipelines.capture import Capture
+from ..pipelines.refusals import plain_class
 from .base import Guidance
 
 STATE = "latents"
@@ -126,6 +127,11 @@ def called_back(guidance: Guidance, pipe: Any, step: int, kwargs: dict[str, Any]
         raise InputError(
             "guidance needs the latents in its callback: leave callback_on_step_end_tensor_inputs at its default, or "
             f"put 'latents' into it; got {sorted(kwargs)}"
+        )
+    if plain_class(type(pipe)) is not type(pipe):
+        raise UnsupportedError(
+            "guidance inside bd.differentiable: the gradient would pass over its pulls. Guide the pipeline's own call, "
+            "or let the loss that you differentiate have the guidance's loss in it"
         )
     if torch.is_inference_mode_enabled():
         raise InputError("guidance inside torch.inference_mode(): leave that, it forbids gradients")

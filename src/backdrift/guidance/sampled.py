@@ -192,6 +192,8 @@ def _check(job: Job) -> None:
         )
     if torch._C._are_functorch_transforms_active():
         raise UnsupportedError("guidance does not work inside torch.func transforms")
+    if torch.is_inference_mode_enabled():
+        raise InputError("guidance inside torch.inference_mode(): leave that, it forbids gradients")
     if not torch.is_grad_enabled():
         return
     asked = {"x_T": [job.x], "cond": tensors(job.cond), "uncond": tensors(job.model.uncond)}

@@ -1,4 +1,9 @@
-"""Random numbers for each sample of a batch, from a stream of its own."""
+"""Random numbers for each sample of a batch, from a stream of its own.
+
+The seeds are salted. A run begins with noise that users draw from a generator of the same small seeds, and time travel
+with the very noise that the state still carries would add to it and not replace it: the state would come out a third
+too large, where it is to keep its marginal.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,13 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+
+SALT = 0x6A09E667F3BCC908  # the fraction of sqrt(2)
+
+
+def stream(seed: int) -> torch.Generator:
+    """The generator of a sample whose seed it is; no small seed's own."""
+    return torch.Generator().manual_seed((seed ^ SALT) % 2**63)
 
 
 class Streams:
@@ -40,7 +52,7 @@ class Streams:
             InputError: there are not as many seeds as samples.
         """
         if not self._generators:
-            self._generators = [torch.Generator().manual_seed(s) for s in self._seeds(len(x))]
+            self._generators = [stream(s) for s in self._seeds(len(x))]
         if len(self._generators) != len(x):
             raise InputError(
                 f"the streams were begun for {len(self._generators)} samples; got a batch of {len(x)}"
@@ -51,7 +63,7 @@ class Streams:
 
     def _seeds(self, batch: int) -> list[int]:
         if isinstance(self.seed, int):
-            # Far enough apart that no two (seed, sample) meet, and sample 0's is the seed itself.
+            # Far enough apart that no two (seed, sample) meet, and sample 0's is that of the seed itself.
             return [(self.seed + 0x9E3779B97F4A7C15 * i) % 2**63 for i in range(batch)]
         if len(self.seed) != batch:
             raise InputError(f"got {len(self.seed)} seeds for {batch} samples; give one, or one for each")

@@ -81,10 +81,9 @@ class When:
         Raises:
             InputError: an impossible value.
         """
-        listed = [
-            None if x is None else _listed(name, x) for name, x in (("steps", steps), ("repeats", repeats))
-        ]
-        return cls(start, stop, *listed)
+        return cls(
+            start, stop, None if steps is None else _listed("steps", steps), _listed("repeats", repeats)
+        )
 
     @property
     def is_mask(self) -> bool:

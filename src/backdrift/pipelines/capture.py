@@ -130,6 +130,7 @@ class Capture:
             )
         clone = clone_of(pipe, set(), lambda name, module: module)
         vars(clone).pop("_num_timesteps", None)  # of an older call
+        _forget(clone)
         return cls(clone, take, **options)
 
     @staticmethod
@@ -212,9 +213,7 @@ class Capture:
                 )
             ours = shadow(module, set())
             own_forwards(module, ours)
-            for hooks in (ours._forward_hooks, ours._forward_pre_hooks):
-                for key in [k for k, hook in hooks.items() if hasattr(hook, _KEY)]:
-                    del hooks[key]
+            _unhook(ours)
             self._shadows[call.name] = ours
         return self._shadows[call.name]
 
@@ -301,6 +300,22 @@ def _after(capture: Callable[[], Capture | None], name: str) -> Callable[..., No
 
     setattr(hook, _KEY, True)
     return hook
+
+
+def _forget(clone: Any) -> None:
+    """Take from a pipeline's copy what it has of a capture that listens to the pipeline."""
+    scheduler: Any = vars(clone).get("scheduler")
+    if vars(scheduler or object).get(_KEY) is not None:
+        _restore([], scheduler, type(scheduler).__bases__[0])
+    for module in vars(clone).values():
+        if isinstance(module, nn.Module):
+            _unhook(module)
+
+
+def _unhook(module: nn.Module) -> None:
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [key for key, hook in hooks.items() if hasattr(hook, _KEY)]:
+            del hooks[key]
 
 
 def _restore(handles: list[Any], scheduler: Any, base: Any) -> None:
