@@ -58,11 +58,11 @@ class Frame:
         spec: Any,
         weights: Weights,
         turns: Turns | None = None,
-        self.ledger, self.role, self.fn, self.weights = ledger, role, fn, weights
     ) -> None:
+        self.ledger, self.role, self.fn, self.weights = ledger, role, fn, weights
         self.turns = turns
-        self.tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         self.leaves, self.spec = leaves, spec
+        self.tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         self.versions = [t._version for t in self.tensors]
         self.flags = [t.requires_grad for t in self.tensors]
         self.ambient = Ambient(leaves)
@@ -232,11 +232,11 @@ class Frame:
         def pack(tensor: torch.Tensor) -> torch.Tensor | None:
             nonlocal position
             i, position = position, position + 1
-            detached = tensor.detach()
-            ticket = tickets[i] if i < len(tickets) else None
             if self.turns is not None and self.turns.place_of(tensor) is not None:
                 # This run's own graph, which nobody goes back through, would keep the weight here.
                 return None
+            detached = tensor.detach()
+            ticket = tickets[i] if i < len(tickets) else None
             if ticket is not None:
                 if tensor.shape != ticket.shape:
                     raise self._differs(f"shape {tuple(tensor.shape)} where it was {tuple(ticket.shape)}")

@@ -157,6 +157,7 @@ def optimize(
         progress=progress,
         judge=_reading(objective) if hasattr(objective, "reads") else None,
         scorer=objective,
+        heldout_scorer=judge,
     ).go()
 
 
@@ -164,7 +165,6 @@ def _reading(objective: Any) -> Callable[[Tensor], dict[str, Any]]:
     """For losses that can tell success from a small value (``reads(images)``: (n, k) booleans, all to be true)."""
 
     def said(images: Tensor) -> dict[str, Any]:
-        heldout_scorer=judge,
         right = objective.reads(images.float().clamp(0, 1)).all(1)
         return {"read as wanted by the loss's own network": f"{int(right.sum())} of {len(right)}"}
 

@@ -115,8 +115,8 @@ class Weights:
         modules: name and module; the name leads every message.
         owned: True for modules that belong to the run alone (shadows). Conversions of their weights (a
             decoder upcast for its call) are then undone for the redo; on a user's module they raise.
-    """
         turns: of weights that may be on a device as copies just now: they are looked at where they lie at home.
+    """
 
     def __init__(
         self,
@@ -146,18 +146,18 @@ class Weights:
         self.flags = [t.requires_grad for t in self.tensors]
         self.data = [self._at_home(t.data) for t in self.tensors]
         self.addresses = [t.data_ptr() for t in self.data]
-        self.training = [m.training for m in self.holders]
         self.devices = frozenset(t.device for t in self.data)
+        self.training = [m.training for m in self.holders]
         self.adapters = Adapters(self.modules)
         self.layers = self.adapters.layers
         self.switches = [_switches(layer) for _, layer in self.layers]
         self.storages = frozenset(t.untyped_storage()._cdata for t in self.data)
 
-    def unchanged(self) -> bool:
-        """Whether a new snapshot would be equal to this one (weights, flags, modes, addresses, adapters)."""
     def _at_home(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if self._turns is None else self._turns.home_of(tensor)
 
+    def unchanged(self) -> bool:
+        """Whether a new snapshot would be equal to this one (weights, flags, modes, addresses, adapters)."""
         return (
             self.versions == [t._version for t in self.tensors[: self.checked]]
             and self.addresses == [self._at_home(t).data_ptr() for t in self.tensors]

@@ -36,9 +36,9 @@ class InParts(Loss):
     Args:
         loss: as for :func:`backdrift.losses.resolve`: a spec string, a callable, or a weighted sum.
         size: how many pictures at a time; None: all at once.
-
         heldout: another loss that its user scores the same pictures with, without a gradient: a budget leaves room for
             it. It is not called here.
+
     Attributes:
         size: the same; may be changed between calls.
 
@@ -61,8 +61,8 @@ class InParts(Loss):
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise InputError(f"size={size!r} must be a whole number of pictures, at least 1, or None for all")
         self.loss = resolve(loss)
-        self.size = size
         self.heldout = None if heldout is None else resolve(heldout)
+        self.size = size
         self.spec = self.loss.spec
         self._checked = False
 
@@ -99,8 +99,8 @@ def scored_in_parts(
         size: 1 or more.
         check: see first, on two pictures and without a graph, that parts have the values of the whole.
         strict: whether other tensors that require grad (the loss's own weights) are an error.
-
         name: of the loss, for messages.
+
     Raises:
         InputError: parts have other values than the whole.
         MissingGradientError: with ``strict``, another tensor that requires grad is used.

@@ -245,8 +245,6 @@ class DifferentiableRun:
         return to_pil(self.pipe, self._pictures)
 
     @property
-    def flagged(self) -> list[bool] | None:
-    @property
     def parameters(self) -> dict[str, torch.Tensor]:
         """The weights that get gradients, by dotted name: what an optimizer is to be given.
 
@@ -255,6 +253,8 @@ class DifferentiableRun:
         """
         return trained_parameters(self.pipe, self._train)
 
+    @property
+    def flagged(self) -> list[bool] | None:
         """What the safety checker says of the last call's pictures; None without a checker."""
         return self._flags
 
@@ -275,9 +275,9 @@ class DifferentiableRun:
 
         trained = {id(p) for p in weights.values()}
         clone = clone_of(self.pipe, trained, dress, clamp=self.clamp, noise=noise)
+        offloading.place(clone)
         own, safety = clone.__dict__, None
         if own.get("safety_checker") is not None and hasattr(clone, "run_safety_checker"):
-        offloading.place(clone)
             safety = SafetyBeside(self.pipe.run_safety_checker)
             own["run_safety_checker"] = safety
         return clone, safety

@@ -175,7 +175,6 @@ def sampled(
         if dress is not None:
             module = dress(name, module)
         residence = offloading.residence(name, module)
-    offloading.place(clone)
         if residence is not None:
             for method in methods_of(name, module):
                 setattr(module, method, residence.around(getattr(module, method)))
@@ -184,6 +183,7 @@ def sampled(
         return stays_upcast(module) if hasattr(module, "decode") else module
 
     clone = clone_of(pipe, set(trained), dressed)
+    offloading.place(clone)
     if clone.__dict__.get("safety_checker") is not None:
         clone.__dict__["safety_checker"] = None
     waiting = Noise(torch.empty(0) if noise is None else noise)
