@@ -8,6 +8,8 @@ import pytest
 
 # Nothing is asked of a model hub. Read once, when huggingface_hub is imported, so it is set before anything else.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tests compare bits, which are promised on a CPU. What devices are asked is tested in test_devices.py.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,51 +6,118 @@ act on PyTorch's functions (``with torch.device(...)`` and ``torch.set_default_d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
+from .accelerators import module_of, random_states, set_random_states
 
-def _switches() -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
+Switch = tuple[Callable[[], Any], Callable[[Any], Any]]
+
+
+def _switches() -> list[Switch]:
     """The process-wide settings, as (read, write) pairs."""
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
-    pairs: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
+    pairs: list[Switch] = [
         (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
         (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
         (cuda.math_sdp_enabled, cuda.enable_math_sdp),
-        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+        _unless_set_apart(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
         (lambda: cudnn.enabled, lambda v: setattr(cudnn, "enabled", v)),
         (lambda: cudnn.benchmark, lambda v: setattr(cudnn, "benchmark", v)),
         (lambda: cudnn.deterministic, lambda v: setattr(cudnn, "deterministic", v)),
-        (lambda: cudnn.allow_tf32, lambda v: setattr(cudnn, "allow_tf32", v)),
-        (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+        _unless_set_apart(lambda: cudnn.allow_tf32, lambda v: setattr(cudnn, "allow_tf32", v)),
+        (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
         (torch.get_default_dtype, torch.set_default_dtype),
     ]
     if hasattr(cuda, "cudnn_sdp_enabled"):
         pairs.append((cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp))
     if hasattr(torch._C, "_get_sdp_priority_order"):
         pairs.append((torch._C._get_sdp_priority_order, torch._C._set_sdp_priority_order))
+    for name in ("fp16_reduced_precision_reduction", "bf16_reduced_precision_reduction", "fp16_accumulation"):
+        if hasattr(torch._C, f"_get_cublas_allow_{name}"):
+            pairs.append(_of_cublas(f"allow_{name}"))
     return pairs
 
 
-_SWITCHES = _switches()
+def _unless_set_apart(read: Callable[[], Any], write: Callable[[Any], Any]) -> Switch:
+    """One of the older settings of float32's precision. It cannot be read where matrix products, convolutions and so on
+    have been set apart from each other by the newer settings, which are looked at beside it."""
+
+    def careful() -> Any:
+        try:
+            return read()
+        except RuntimeError:
+            return None
+
+    return careful, lambda value: None if value is None else write(value)
+
+
+def _precision(kind: str, op: str) -> Switch:
+    return (
+        lambda: torch._C._get_fp32_precision_getter(kind, op),
+        lambda value: torch._C._set_fp32_precision_setter(kind, op, value),
+    )
+
+
+def _of_cublas(name: str) -> Switch:
+    # Newer releases of PyTorch have two answers, and torch.backends tells one of them.
+    read, write = (getattr(torch._C, f"_{verb}_cublas_{name}") for verb in ("get", "set"))
+    return read, lambda value: write(*value) if isinstance(value, tuple) else write(value)
+
+
+# What holds for all comes first: the others follow it.
+_PRECISIONS = (
+    [
+        _precision(*at)
+        for at in (
+            ("generic", "all"),
+            *((kind, op) for kind in ("cuda", "mkldnn") for op in ("all", "matmul", "conv", "rnn")),
+        )
+    ]
+    if hasattr(torch._C, "_get_fp32_precision_getter")
+    else []
+)
+_SWITCHES = _switches() + _PRECISIONS
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Inside the block float32 is computed in float32: not in TF32, PyTorch's default for convolutions on CUDA, nor in
+    anything coarser."""
+    before = [read() for read, _ in _SWITCHES]
+    try:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        for read, write in _PRECISIONS:
+            if read() not in ("ieee", "none"):
+                write("ieee")
+        yield
+    finally:
+        _write_switches(before)
 
 
 class Ambient:
-    """A snapshot of that state. ``leaves`` are the call's arguments: their devices, and the generators among
-    them, decide whose random state belongs to it."""
+    """A snapshot of that state.
 
-    def __init__(self, leaves: Sequence[Any]) -> None:
-        devices = {x.device for x in leaves if isinstance(x, torch.Tensor) and x.device.type != "cpu"}
-        types = {"cpu", *(d.type for d in devices)}
+    Args:
+        leaves: the call's arguments: their devices, and the generators among them, decide whose random state belongs
+            to it.
+        devices: where it computes beside these: its weights may lie on several cards.
+    """
+
+    def __init__(self, leaves: Sequence[Any], devices: Iterable[torch.device] = ()) -> None:
+        places = {x.device for x in leaves if isinstance(x, torch.Tensor)} | set(devices)
+        found = sorted((d for d in places if module_of(d) is not None), key=str)
+        types = ["cpu", *dict.fromkeys(d.type for d in found)]
         self._switches = [read() for read, _ in _SWITCHES]
         self._autocast = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types]
         self._autocast_cache = torch.is_autocast_cache_enabled()
         self._modes = _get_current_function_mode_stack()
-        self._accelerators = [d for d in devices if d.type in ("cuda", "xpu", "mps")]
+        self._accelerators = found
         self._generators = [x for x in leaves if isinstance(x, torch.Generator)]
         self._random: list[torch.Tensor] | None = self._read_random()
 
@@ -89,17 +156,13 @@ class Ambient:
         return mine == its and all(map(torch.equal, ours, theirs))
 
     def _read_random(self) -> list[torch.Tensor]:
-        states = [torch.get_rng_state()]
-        states += [getattr(torch, d.type).get_rng_state(*_index(d)) for d in self._accelerators]
-        return states + [g.get_state() for g in self._generators]
+        return random_states(self._accelerators) + [g.get_state() for g in self._generators]
 
     def _write_random(self, states: Sequence[torch.Tensor]) -> None:
-        rest = iter(states)
-        torch.set_rng_state(next(rest))
-        for device in self._accelerators:
-            getattr(torch, device.type).set_rng_state(next(rest), *_index(device))
-        for generator in self._generators:
-            generator.set_state(next(rest))
+        own = len(states) - len(self._generators)
+        set_random_states(self._accelerators, states[:own])
+        for generator, state in zip(self._generators, states[own:], strict=True):
+            generator.set_state(state)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -109,8 +172,8 @@ class Ambient:
             if self._random is not None:
                 stack.callback(self._write_random, self._read_random())
                 self._write_random(self._random)
-            stack.callback(_write_switches, self._switches, switches)
-            _write_switches(switches, self._switches)
+            stack.callback(_write_switches, switches)
+            _write_switches(self._switches)
             for kind, enabled, dtype in self._autocast:
                 stack.enter_context(
                     torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=self._autocast_cache)
@@ -121,10 +184,6 @@ class Ambient:
             yield
 
 
-def _index(device: torch.device) -> tuple[torch.device, ...]:
-    return () if device.type == "mps" else (device,)
-
-
 def _exchange_modes(modes: Sequence[TorchFunctionMode]) -> None:
     # A backward pass started under a mode runs without it: the mode is set aside while it handles the call.
     for _ in _get_current_function_mode_stack():
@@ -133,8 +192,8 @@ def _exchange_modes(modes: Sequence[TorchFunctionMode]) -> None:
         _push_mode(mode)
 
 
-def _write_switches(now: Sequence[Any], then: Sequence[Any]) -> None:
-    # Only what differs: some setters are slow or warn.
-    for (_, write), old, new in zip(_SWITCHES, now, then, strict=True):
-        if old != new:
-            write(new)
+def _write_switches(values: Sequence[Any]) -> None:
+    # Only what differs: some setters are slow or warn, and some settings follow others.
+    for (read, write), value in zip(_SWITCHES, values, strict=True):
+        if read() != value:
+            write(value)

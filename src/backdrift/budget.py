@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from .accelerators import free_bytes
 from .errors import BudgetError
 
 _UNITS = {"": 1} | {
@@ -83,15 +84,15 @@ def format_size(nbytes: int) -> str:
 def available_bytes(device: torch.device) -> int:
     """What ``"auto"`` may use on a device.
 
-    CUDA: 80 % of what is free on the card, with what PyTorch's allocator holds but does not use. Elsewhere:
-    half of the machine's available memory, or of what the process's control group still allows, if less.
-    The remainder is for the loss, for gradients in flight and for everybody else.
+    A GPU: 80 % of what is free on the card, with what PyTorch's allocator holds but does not use. The CPU, and a
+    device that does not tell: half of the machine's available memory, or of what the process's control group still
+    allows, if less. The remainder is for the loss, for gradients in flight and for everybody else.
     """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(0.8 * (free + idle))
-    return int(0.5 * min(_machine_bytes(), _group_bytes()))
+    machine, free = int(0.5 * min(_machine_bytes(), _group_bytes())), free_bytes(device)
+    if free is None:
+        return machine
+    # Apple's GPUs have no memory of their own.
+    return min(machine, int(0.8 * free)) if device.type == "mps" else int(0.8 * free)
 
 
 def _machine_bytes() -> int:

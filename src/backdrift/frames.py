@@ -65,7 +65,8 @@ class Frame:
         self.tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         self.versions = [t._version for t in self.tensors]
         self.flags = [t.requires_grad for t in self.tensors]
-        self.ambient = Ambient(leaves)
+        places = weights.devices if turns is None else weights.devices | {turns.device}
+        self.ambient = Ambient(leaves, places)
         self.serial = -1
         self.tickets: list[weakref.ref[_Ticket] | None] = []
         self.nbytes = 0

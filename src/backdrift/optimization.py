@@ -143,7 +143,10 @@ def optimize(
         "pipeline": describe_pipeline(pipe),
     }
     title = f"optimize {variable.name}: {prompts[0]}" + (" …" if len(set(prompts)) > 1 else "")
-    run = Run.open("optimize", settings, title=title, prompt=prompts, seed=seed, out=out, resume=resume)  # fmt: skip
+    run = Run.open(
+        "optimize", settings, title=title, prompt=prompts, seed=seed, out=out, resume=resume,
+        device=pipe._execution_device,
+    )  # fmt: skip
     return Descent(
         pipe,
         variable,

@@ -9,11 +9,14 @@ On a CPU, where nothing is won, all goes as on a card.
 from __future__ import annotations
 
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .accelerators import module_of
 
 __all__ = ["Parked", "View", "parkable"]
 
@@ -88,10 +91,13 @@ class View:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy in host memory, pinned where that makes the way shorter."""
-    pinned = tensor.device.type == "cuda"
-    kept = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, pin_memory=pinned)
-    return kept.copy_(tensor)
+    """A copy in host memory, pinned where that makes the way shorter. It has arrived when this returns."""
+    place = {"size": tensor.size(), "stride": tensor.stride(), "dtype": tensor.dtype, "device": "cpu"}
+    kept: Tensor | None = None
+    if module_of(tensor.device) is not None and tensor.device.type != "mps":
+        with suppress(RuntimeError):  # there is less memory that can be pinned than memory
+            kept = torch.empty_strided(**place, pin_memory=True)
+    return (torch.empty_strided(**place) if kept is None else kept).copy_(tensor)
 
 
 def to_device(kept: Tensor, device: torch.device) -> Tensor:

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from . import accelerators
+
 FORMAT = "backdrift-run/1"
 #: settings that a result does not depend on
 NOT_DECISIVE = ("memory", "checkpoint_every")
@@ -21,7 +23,14 @@ PACKAGES = ("backdrift", "torch", "diffusers", "transformers", "peft", "numpy", 
 
 
 def new_record(
-    kind: str, settings: Mapping[str, Any], *, title: str, prompt: list[str], seed: int, mark: str
+    kind: str,
+    settings: Mapping[str, Any],
+    *,
+    title: str,
+    prompt: list[str],
+    seed: int,
+    mark: str,
+    machine: dict[str, Any],
 ) -> dict[str, Any]:
     """The record of a run that has done nothing yet; ``mark`` is its fingerprint."""
     return {
@@ -37,12 +46,17 @@ def new_record(
         "settings": dict(settings),
         "fingerprint": mark,
         "versions": versions(),
-        "machine": {
-            "platform": platform.platform(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "threads": torch.get_num_threads(),
-        },
+        "machine": machine,
         **nothing_done(),
+    }
+
+
+def machine(device: torch.device | None = None) -> dict[str, Any]:
+    """Where work is done: the system, the device (the CPU if None), and the CPU's threads."""
+    return {
+        "platform": platform.platform(),
+        "device": accelerators.name(device or torch.device("cpu")),
+        "threads": torch.get_num_threads(),
     }
 
 

@@ -83,6 +83,7 @@ from .record import (
     difference,
     fingerprint,
     finite,
+    machine,
     new_record,
     nothing_done,
     now,
@@ -137,6 +138,7 @@ class Run:
         out: str | Path | None,
         resume: bool = True,
         unfingerprinted: tuple[str, ...] = NOT_DECISIVE,
+        device: torch.device | None = None,
     ) -> Run:
         """Begin a run in ``out``, or take up the one that is there if its settings are the same.
 
@@ -145,6 +147,7 @@ class Run:
                 continuation, because the result does not depend on them.
             out: the folder; ``None`` stands for ``runs/<kind>-<first digits of the fingerprint>``.
             resume: ``False`` refuses a folder that already holds a run.
+            device: where the work is done, for the record; the CPU if None.
 
         Raises:
             InputError: the folder holds another configuration's run, or something that is not a run.
@@ -153,7 +156,9 @@ class Run:
         fixed = {"kind": kind, "prompt": prompt, "seed": seed} | dict(settings)
         mark = fingerprint({k: v for k, v in fixed.items() if k not in unfingerprinted})
         folder = Path(out) if out is not None else Path("runs") / f"{kind}-{mark[:10]}"
-        record = new_record(kind, settings, title=title, prompt=prompt, seed=seed, mark=mark)
+        record = new_record(
+            kind, settings, title=title, prompt=prompt, seed=seed, mark=mark, machine=machine(device)
+        )
         if folder.exists():
             earlier = cls._earlier(folder, record, resume)
             if earlier is not None:
@@ -182,7 +187,7 @@ class Run:
                 f"{str(folder)!r} holds a run with other settings ({difference(old.record, record)}). It was left "
                 "as it is. Give another folder, or the same settings to continue it."
             )
-        old.record["versions"] = record["versions"]
+        old.record |= {"versions": record["versions"], "machine": record["machine"]}
         return old
 
     @classmethod

@@ -29,7 +29,7 @@ def open_pipeline(settings: Settings, **kwargs: Any) -> Any:
 
 
 def find_device(name: str) -> Any:
-    """The device called ``name``; ``"auto"`` is the first of CUDA, MPS and CPU that is there.
+    """The device called ``name``; ``"auto"`` is the first of CUDA, XPU, MPS and CPU that is there.
 
     Raises:
         InputError: When there is no such device.
@@ -40,21 +40,34 @@ def find_device(name: str) -> Any:
         return torch.device(devices()[0])
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise ValueError("nothing can be computed there")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, ValueError):
         raise InputError(
-            f"The device {name!r} is not available here; there are: {', '.join(devices())}."
+            f"The device {name!r} is not available here; there are: {', '.join(devices())}.{_why(name)}"
         ) from None
     return device
 
 
-def devices() -> list[str]:
-    """The devices of this machine, the preferred one first."""
+def _why(name: str) -> str:
+    """What stands between the user and a device that is usually there."""
     import torch
 
-    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    found += ["mps"] if torch.backends.mps.is_available() else []
-    return [*found, "cpu"]
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        if torch.version.cuda is None and torch.version.hip is None:
+            return f" PyTorch {torch.__version__} is built for the CPU alone: install a build for CUDA."
+        return " PyTorch is built for GPUs and finds none: nvidia-smi tells whether the driver does."
+    if name.startswith("mps") and not torch.backends.mps.is_available():
+        return " It is the GPU of Apple's own processors, with a PyTorch for macOS."
+    return ""
+
+
+def devices() -> list[str]:
+    """The devices of this machine, the preferred one first."""
+    from ..accelerators import available
+
+    return [*map(str, available()), "cpu"]
 
 
 def quiet() -> None:

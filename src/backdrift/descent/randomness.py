@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import numpy
 import torch
 
+from .. import accelerators
+
 
 def seed_of(*parts: str | int) -> int:
     """A 63-bit seed from a list of names and numbers."""
@@ -26,9 +28,8 @@ def generator(*parts: str | int) -> torch.Generator:
 def seeded(*parts: str | int) -> Iterator[None]:
     """Seed torch's, NumPy's and Python's global generators inside; outside they are as if nothing had happened."""
     states = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng():  # all devices
+    with accelerators.seeded(seed_of(*parts)):
         try:
-            torch.manual_seed(seed_of(*parts))
             numpy.random.seed(seed_of(*parts) % 2**32)
             random.seed(seed_of(*parts))
             yield

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..accelerators import doubled
 from ..run import Run
 from .subject import Example, encode_prompt
 
@@ -133,7 +134,7 @@ def gaussian_prior(noise: Tensor) -> Tensor:
 
 def total_norm(gradients: dict[str, Tensor]) -> float:
     """The joint 2-norm, in float64 so that it does not overflow."""
-    return math.sqrt(sum(g.double().square().sum().item() for g in gradients.values()))
+    return math.sqrt(sum(doubled(g).square().sum().item() for g in gradients.values()))
 
 
 def master(value: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ class Calls:
 
     def _surroundings(self, x: Tensor, branch: Branch) -> Ambient:
         # Calls made in the same surroundings share one snapshot: it holds 5 kB of random state.
-        now = Ambient([x, *nests.tensors(branch.cond)])
+        now = Ambient([x, *nests.tensors(branch.cond)], self.context.weights.devices)
         if self._last is None or not self._last.same_as(now):
             self._last = now
         return self._last

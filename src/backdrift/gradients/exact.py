@@ -171,7 +171,7 @@ class _Run(Evaluator):
 
     def _surroundings(self, x: Tensor, branch: Branch) -> Ambient:
         # Calls made in the same surroundings share one snapshot: it holds 5 kB of random state.
-        now = Ambient([x, *nests.tensors(branch.cond)])
+        now = Ambient([x, *nests.tensors(branch.cond)], self.context.weights.devices)
         if self.ambient is None or not self.ambient.same_as(now):
             self.ambient = now
         return self.ambient

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..accelerators import doubled
 from ..errors import InputError
 from ..forms import Form, Node
 from ..scalars import Scalar, graphed, value
@@ -93,7 +94,7 @@ class StepNumbers:
 
 def dot(left: Tensor, right: Tensor) -> Tensor:
     """The sum of products, float64 ()."""
-    return (left.double() * right.double()).sum()
+    return (doubled(left) * doubled(right)).sum()
 
 
 def _node(form: Form, a: Node, b: Node, c: Scalar) -> Node:

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..accelerators import has_float64
 from ..errors import InputError
 
 _LOOKS: ContextVar[bool] = ContextVar("looks", default=True)
@@ -93,6 +94,8 @@ class Loss(nn.Module):
 
     def _follow(self, device: torch.device) -> None:
         if any(p.device != device for p in [*self.parameters(), *self.buffers()]):
+            if not has_float64(device):
+                self._apply(lambda t: t.float() if t.dtype == torch.float64 else t)
             self.to(device)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..accelerators import random_numbers_kept, random_states
 from ..errors import InputError, MissingGradientError
 from .base import Loss, check_images
 
@@ -147,11 +148,10 @@ class _Pulled(torch.autograd.Function):
 def _check_apart(score: Score, images: Tensor, name: str) -> None:
     """Two pictures together and one by one: the same values, and no random numbers drawn."""
     two = images[:2].detach()
-    devices = [two.device] if two.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        before = _random_state(two.device)
+    with torch.no_grad(), random_numbers_kept():
+        before = random_states([two.device])
         together = score(two, slice(0, 2))
-        drawn = any(not torch.equal(a, b) for a, b in zip(before, _random_state(two.device), strict=True))
+        drawn = any(not torch.equal(a, b) for a, b in zip(before, random_states([two.device]), strict=True))
         apart = torch.cat([score(two[i : i + 1], slice(i, i + 1)) for i in (0, 1)])
     close = torch.allclose(
         apart, together, rtol=1e-2, atol=1e-3 * float(together.abs().max()), equal_nan=True
@@ -166,11 +166,6 @@ def _check_apart(score: Score, images: Tensor, name: str) -> None:
             f"The {name} cannot be evaluated on a few pictures at a time, which the memory plan asks for: it {why}. "
             "Give it a larger budget (memory=), a smaller batch, or a loss of each picture alone"
         )
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
 def _check_leaves(values: Tensor, part: Tensor) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..accelerators import has_float64
 from ..errors import InputError
 from ..schedules import Schedule
 from .base import Draw, Noise
@@ -93,7 +94,7 @@ class BrownianPath:
     """
 
     def __init__(self, keys: Tensor, like: Tensor) -> None:
-        device = torch.device("cpu") if like.device.type == "mps" else like.device  # which has no float64
+        device = like.device if has_float64(like.device) else torch.device("cpu")
         self.shape = like.shape
         numbers = torch.arange(like[0].numel(), device=device)
         self.keys, self.places = keys.to(device), stream(torch.zeros_like(numbers), numbers)

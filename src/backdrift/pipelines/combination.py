@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..accelerators import doubled
 from ..errors import UnsupportedError
 
 __all__ = ["Combination", "learned"]
@@ -73,7 +74,7 @@ def learned(pipe: Any, parts: Sequence[Tensor], output: Tensor) -> Combination:
             f"{type(pipe).__name__} combines {len(parts)} network outputs in one step (skipped layers, several prompts "
             "or pictures): only one output, or two by classifier-free guidance, can be guided. Switch that off"
         )
-    own, target = [part.double() for part in parts], output.double()
+    own, target = [doubled(part) for part in parts], doubled(output)
     if len(parts) == 1:
         candidates = [Combination()]
     else:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
+from ..accelerators import seeded
+from ..ambient import full_precision
+from ..carried import Carrier
 from ..errors import BackdriftError, InputError, UnsupportedError
 from .checkup import front
 from .checkup.arguments import accepted
@@ -14,14 +18,14 @@ from .checkup.calls import compiled_rows, wrong_layers
 from .checkup.gradient import Subject, difference_rows, finite_row, plain_rows, pull
 from .checkup.needs import planned_rows, small_rows
 from .checkup.networks import network_rows
-from .checkup.plainly import hushed, quiet, seeded
+from .checkup.plainly import hushed, quiet
 from .checkup.rows import Checkup, Row
 from .checkup.setup import setup_rows
 from .checkup.small import find_small_call
 from .checkup.verdicts import split_refusal
 from .differentiable import DifferentiableRun
 from .refusals import plain_class
-from .shadow import Train, trained_parameters
+from .shadow import Train, networks, trained_parameters
 
 __all__ = ["Checkup", "Row", "doctor"]
 
@@ -76,7 +80,9 @@ def doctor(
         raise InputError(f"num_inference_steps={num_inference_steps} must be at least 1")
     tell = progress or (lambda words: None)
     rows = _Rows()
-    with seeded(seed), hushed():
+    parts = networks(pipe).values() if hasattr(pipe, "__dict__") else ()
+    carried = Carrier([layer for network in parts for layer in network.modules()]).now()
+    with seeded(seed), hushed(), nullcontext() if carried is None else carried.restored():
         _look(pipe, train, rows, tell)
         if not rows.refused:
             options = (height, width, num_inference_steps)
@@ -100,7 +106,7 @@ class _Rows:
             made = make()
             for row in [made] if isinstance(made, Row) else made:
                 self.rows.append(row)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             self.rows.append(
                 Row("skipped", topic, title, "out of memory", "smaller height= and width=, or a larger card")
             )
@@ -155,11 +161,17 @@ def _measure(
         rows.rows.append(Row("skipped", "gradient", "small call", told, advice))
         return
     subject = Subject(own, small, train, seed)
-    tell(f"differentiating {small.words}")
+    with full_precision():  # whose rounding finite differences can tell from an error
+        _differentiate(subject, directions, rows, tell)
+
+
+def _differentiate(subject: Subject, directions: int, rows: _Rows, tell: Callable[[str], None]) -> None:
+    """The small call's gradients, beside plain autograd and finite differences, and what they cost."""
+    tell(f"differentiating {subject.call.words}")
     try:
         ours, most = pull(subject, "min"), pull(subject, "max")
-    except torch.OutOfMemoryError:
-        rows.add("gradient", "small call", _raise(torch.OutOfMemoryError()))
+    except torch.cuda.OutOfMemoryError:
+        rows.add("gradient", "small call", _raise(torch.cuda.OutOfMemoryError()))
         return
     except BackdriftError as error:  # refused for what is in the call
         rows.rows.append(Row("refused", "gradient", "small call", *split_refusal(str(error))))

@@ -154,7 +154,7 @@ def _prediction(scheduler: Any, name: str, allowed: tuple[str, ...] = PREDICTION
 
 def _from_table(scheduler: Any, name: str) -> Levels:
     """DDIM and DDPM: the levels are those of whole trained steps."""
-    table = scheduler.alphas_cumprod.double().cpu()
+    table = scheduler.alphas_cumprod.cpu().double()
     steps = [int(t) for t in scheduler.timesteps]
     if name == "DDIMScheduler":
         stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
@@ -176,7 +176,7 @@ def _preserving(scheduler: Any, name: str, *, divided: bool) -> Levels:
     """Levels from ``scheduler.sigmas`` = sigma/alpha; ``divided``: the state is x/alpha."""
     prediction = _prediction(scheduler, name)
     schedule = VP.discrete(scheduler.alphas_cumprod)
-    ratios = [float(s) for s in scheduler.sigmas.double()]
+    ratios = [float(s) for s in scheduler.sigmas.cpu().double()]
     alphas = [1 / math.hypot(1, ratio) for ratio in ratios]
     noises = [1.0 if math.isinf(ratio) else a * ratio for a, ratio in zip(alphas, ratios, strict=True)]
     levels = [
@@ -188,7 +188,7 @@ def _preserving(scheduler: Any, name: str, *, divided: bool) -> Levels:
 
 
 def _flowing(scheduler: Any, prediction: str) -> Levels:
-    times = tuple(float(s) for s in scheduler.sigmas.double())
+    times = tuple(float(s) for s in scheduler.sigmas.cpu().double())
     levels = [Level(1 - s, s) for s in times]
     return Levels(Flow(), prediction, tuple(levels[:-1]), tuple(levels[1:]), (1.0,) * (len(times) - 1), times)
 

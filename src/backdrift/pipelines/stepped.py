@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..accelerators import random_states, set_random_states
 from ..errors import InputError, UnsupportedError
 from .stepping import _argument, _parameters, _state_of
 
@@ -86,8 +87,7 @@ class _Random:
         self._given = [g for g in given if isinstance(g, torch.Generator)]
         # The global ones belong to all threads: they are left alone where nothing is drawn.
         self._global = not self._given and _draws(scheduler, kwargs)
-        self._accelerator = getattr(torch, device.type) if device.type in ("cuda", "xpu", "mps") else None
-        self._index = () if device.type == "mps" else (device,)
+        self._device = device
         self._states = self._read()
 
     @contextmanager
@@ -104,19 +104,13 @@ class _Random:
 
     def _read(self) -> list[Tensor]:
         states = [generator.get_state() for generator in self._given]
-        if self._global:
-            states.append(torch.get_rng_state())
-            if self._accelerator is not None:
-                states.append(self._accelerator.get_rng_state(*self._index))
-        return states
+        return states + random_states([self._device]) if self._global else states
 
     def _write(self, states: list[Tensor]) -> None:
         for generator, state in zip(self._given, states, strict=False):
             generator.set_state(state)
         if self._global:
-            torch.set_rng_state(states[0])
-            if self._accelerator is not None:
-                self._accelerator.set_rng_state(states[1], *self._index)
+            set_random_states([self._device], states)
 
 
 def _draws(scheduler: Any, kwargs: dict[str, Any]) -> bool:

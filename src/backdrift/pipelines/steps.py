@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..accelerators import random_numbers_kept
 from ..errors import UnsupportedError
 from .refusals import names, plain_class, reached
 from .shadow import copied_scheduler
@@ -97,7 +98,7 @@ def _check_numbers(key: str, scheduler: Any) -> None:
     setting = (type(scheduler), str(getattr(scheduler, "config", None)))
     if setting in _RIGHT:
         return
-    with torch.random.fork_rng(devices=[]):
+    with random_numbers_kept():
         error = step_error(scheduler)
     if error is not None and error > _TOLERANCE:
         raise UnsupportedError(
@@ -118,7 +119,7 @@ def step_error(scheduler: Any, steps: int = 4) -> float | None:
     start, way = torch.randn(2, 1, 4, 4, 4, generator=generator).double()
 
     def end_of(x: Tensor) -> Tensor:
-        own, torch_seed = copied_scheduler(scheduler), torch.manual_seed(0)
+        own, torch_seed = copied_scheduler(scheduler), torch.default_generator.manual_seed(0)
         takes = inspect.signature(own.step).parameters
         extra = {"generator": torch_seed} if "generator" in takes else {}
         own.set_timesteps(steps)

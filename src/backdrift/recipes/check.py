@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..accelerators import has_float64
 from ..descent.subject import describe_pipeline, make_examples, picture_size, sampler_call
 from ..losses import Loss, resolve
 from ..pipelines.differentiable import differentiable
@@ -78,7 +79,7 @@ def check_gradient(
     }
     run = Run.open(
         "check", settings, title="the gradient through the whole run, checked", prompt=[prompt], seed=seed, out=out,
-        resume=resume, unfingerprinted=(),
+        resume=resume, unfingerprinted=(), device=pipe._execution_device,
     )  # fmt: skip
     if run.finished:
         return run
@@ -148,8 +149,10 @@ def against_differences(
 
     They are of fourth order in the step, so that it can be large compared with what is lost to rounding.
     """
-    pipe, loss = copy.deepcopy(pipe).to(torch.float64), copy.deepcopy(loss).double()
-    noise = noise.double()
+    pipe, loss = copy.deepcopy(pipe), copy.deepcopy(loss)
+    if not has_float64(noise.device):
+        pipe, noise = pipe.to("cpu"), noise.cpu()
+    pipe, loss, noise = pipe.to(torch.float64), loss.to(noise.device).double(), noise.double()
     draw = torch.Generator().manual_seed(seed + 1)
     direction = torch.randn(noise.shape, generator=draw, dtype=torch.float64).to(noise.device)
     direction = direction / direction.norm()

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..accelerators import has_float64
 from ..errors import InputError, NonFiniteError, UnsupportedError
 from ..forms import Form, Node
 from .base import Solver, Stepper, add_scaled, rescaled
@@ -150,7 +151,8 @@ def accepted_steps(
     inner.callback_step = lambda s, y, h: run.attempted()  # type: ignore[attr-defined]
     inner.callback_accept_step = lambda s, y, h: run.accepted(float(s), y, float(h))  # type: ignore[attr-defined]
     inner.callback_reject_step = lambda s, y, h: watching.rejected()  # type: ignore[attr-defined]
-    ends = torch.tensor([start, stop], dtype=torch.float64, device=y.device)
+    precise = torch.float64 if has_float64(y.device) else y.dtype
+    ends = torch.tensor([start, stop], dtype=precise, device=y.device)
     options: dict[str, Any] = {"step_t": ends[1:].clone(), "first_step": first_step}
     watching.begun()
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from ..grids import TimeGrid
 from ..losses import resolve
 from ..pipelines.assets import PIPELINES
 from ..pipelines.load import load
-from ..record import fingerprint, finite, now, versions
+from ..record import fingerprint, finite, machine, now, versions
 from ..report.certificate import FORMAT, write
 from ..solvers import RK4, Solver
 from .flow import FlowGradient, flow_gradient
@@ -345,13 +344,7 @@ def _certificate(
         "settings": settings,
         "fingerprint": fingerprint(settings),
         "versions": versions(),
-        "machine": {
-            "platform": platform.platform(),
-            "device": torch.cuda.get_device_name()
-            if work.problem.device.type == "cuda"
-            else work.problem.device.type,
-            "threads": torch.get_num_threads(),
-        },
+        "machine": machine(work.problem.device),
         "dtype": str(dtype).removeprefix("torch."),
         "rounding": limits,
         "flow": flow.as_dict(),

@@ -11,13 +11,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..accelerators import counts_bytes, module_of, wait
+
 T = TypeVar("T")
 
 
 class Meter:
     """Measures pieces of work that follow each other, beyond what was there before the first.
 
-    On CUDA the figures are the allocator's own. On a CPU every new tensor's storage is counted from its making to its
+    On a GPU the figures are its allocator's own. On a CPU every new tensor's storage is counted from its making to its
     end, which slows the work down; scratch memory inside single kernels is left out. (The process's resident size
     would count what the system's allocator holds in reserve.) Other devices do not tell.
 
@@ -27,18 +29,19 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self._storages, self._before = device, LiveStorages(), 0
-        if device.type == "cuda":
+        self._module = module_of(device) if counts_bytes(device) else None
+        if self._module is not None:
             gc.collect()
-            self._before = torch.cuda.memory_allocated(device)
+            self._before = self._module.memory_allocated(device)
 
     def peak(self, work: Callable[[], T]) -> tuple[T, int | None]:
         """The work's result, and the most bytes alive at once during it; None where that is not known."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
+        if self._module is not None:
+            wait(self.device)
+            self._module.reset_peak_memory_stats(self.device)
             found = work()
-            torch.cuda.synchronize(self.device)
-            return found, torch.cuda.max_memory_allocated(self.device) - self._before
+            wait(self.device)
+            return found, self._module.max_memory_allocated(self.device) - self._before
         if self.device.type != "cpu":
             return work(), None
         self._storages.peak = self._storages.live

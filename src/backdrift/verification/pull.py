@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..accelerators import wait
 from ..gradients import GradientMethod
 from ..sampling import sample
 from ..solvers import ReversibleSolver
@@ -47,7 +48,7 @@ class Pulled:
     @property
     def growth(self) -> float:
         """How many times as large the adjoint is at the run's start as at its end."""
-        size = float(self.on_x0.double().norm())
+        size = float(self.on_x0.cpu().double().norm())
         return float(self.gradient.norm()) / size if size > 0 else float("nan")
 
 
@@ -75,13 +76,13 @@ class Difference:
 
 def pull(problem: Problem, sampler: Sampler, method: GradientMethod) -> Pulled:
     """The gradient of the problem's loss by that method."""
-    _wait(problem.device)
+    wait(problem.device)
     start = time.perf_counter()
     x, cond, asked = problem.leaves()
     solution = sample(problem.model, x, cond, gradient=method, **sampler.arguments())
     value, on_x0 = problem.pull(solution.x0)
     found = _back(solution.x0, asked, on_x0)
-    _wait(problem.device)
+    wait(problem.device)
     seconds = time.perf_counter() - start
     return Pulled(_vector(found), value, solution.x0.detach(), on_x0, solution.stats, seconds)
 
@@ -127,7 +128,7 @@ def adjoint_norms(
     gradient = _vector(found[: len(asked)])
     if not Difference.of(gradient, pulled.gradient).relative < 1e-3:
         return None
-    return [float(g.double().norm()) for g in (*found[len(asked) :], pulled.on_x0)]
+    return [float(g.cpu().double().norm()) for g in (*found[len(asked) :], pulled.on_x0)]
 
 
 def _back(x0: Tensor, asked: Sequence[Tensor], on_x0: Tensor) -> tuple[Tensor, ...]:
@@ -139,9 +140,4 @@ def _back(x0: Tensor, asked: Sequence[Tensor], on_x0: Tensor) -> tuple[Tensor, .
 
 
 def _vector(found: Sequence[Tensor]) -> Tensor:
-    return torch.cat([g.detach().double().cpu().flatten() for g in found])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return torch.cat([g.detach().cpu().double().flatten() for g in found])

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ...accelerators import seeded
 from ..forwards import own_forwards
 from ..shadow import shadow, unwrapped
 from ..states import own_hooks
 from . import networks as look
 from .differences import Leaves, judged, rounding_of, slope
 from .gradient import Subject, apart
-from .plainly import Call, seeded
+from .plainly import Call
 from .rows import Row
 from .verdicts import modules
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..._version import __version__
+from ...accelerators import random_numbers_kept
 from ..modular import is_modular
 from ..refusals import check_pipeline, plain_class, reached
 from ..shadow import Train, copied_scheduler, trained_parameters
@@ -135,7 +136,7 @@ def scheduler_rows(pipe: Any) -> Iterator[Row]:
         if message is not None:
             yield Row("refused", TOPIC, key, *split_refusal(message))
             continue
-        with torch.random.fork_rng(devices=_cuda()):
+        with random_numbers_kept():
             error = step_error(scheduler)
         facts = [f"{name}: its step is differentiable"]
         if error is not None:
@@ -164,7 +165,7 @@ def _clock_and_memory(scheduler: Any) -> tuple[str, list[str]]:
     """What a scheduler does to times, in words, and the attributes that its steps leave changed."""
     own = copied_scheduler(scheduler)
     try:
-        with torch.random.fork_rng(devices=_cuda()), torch.no_grad():
+        with random_numbers_kept(), torch.no_grad():
             own.set_timesteps(7)
             times = torch.as_tensor(own.timesteps)
             before = {k: repr(v) for k, v in vars(own).items()}
@@ -182,7 +183,3 @@ def _clock_and_memory(scheduler: Any) -> tuple[str, list[str]]:
         else ""
     )
     return said, [k.lstrip("_") for k, v in now.items() if before.get(k) != v and "step_index" not in k]
-
-
-def _cuda() -> list[int]:
-    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...accelerators import seeded
 from ...budget import available_bytes
 from ...errors import BackdriftError
 from ...stats import RunStats
@@ -19,7 +20,7 @@ from ..outputs import first_tensor
 from ..shadow import Train, trained_parameters
 from .differences import Leaves, judged, rounding_of, slope
 from .networks import noise_of
-from .plainly import quiet, runs_undecorated, sampled, seeded, undecorated
+from .plainly import quiet, runs_undecorated, sampled, undecorated
 from .rows import Row
 from .small import SmallCall
 from .verdicts import modules, split_refusal

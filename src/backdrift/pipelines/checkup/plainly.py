@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ...accelerators import in_use, wait
 from ...errors import UnsupportedError
 from ..calls import PipelineCall
 from ..clone import clone_of
@@ -27,15 +28,6 @@ from ..shadow import copied_scheduler, unwrapped
 from ..states import hooks_of
 from . import networks as look
 from .verdicts import modules, schedulers
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Inside the block random numbers are those of a seed; afterwards they go on as if nothing had been drawn."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
 
 
 @contextmanager
@@ -140,9 +132,9 @@ def methods_of(name: str, module: nn.Module) -> list[str]:
 
 
 def settle() -> None:
-    """Wait for the device, so that times are its own."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    """Wait for the devices, so that times are their own."""
+    for device in in_use():
+        wait(device)
 
 
 def sampled(

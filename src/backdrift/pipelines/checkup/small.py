@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...accelerators import seeded
 from ...errors import UnsupportedError
 from ..load import noise as drawn_noise
 from .arguments import accepted, as_arguments, denoiser, sizes, small_arguments
-from .plainly import Watch, sampled, seeded
+from .plainly import Watch, sampled
 
 _STEPS = (2, 4)
 
