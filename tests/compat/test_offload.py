@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -246,6 +247,27 @@ def test_an_optimizer_steps_on_the_weights_at_home() -> None:
             results.append([images, pipe(**inputs, **size(), output_type="pt").images])
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
     assert not torch.equal(*results[0])
+
+
+@TRAP.handled("`bd.optimize` over weights, which are put back at home")
+@pytest.mark.parametrize("way", ["sequential", "leaves"])
+def test_weights_are_optimised_and_put_back(way: str, tmp_path: Path) -> None:
+    losses = []
+    for offload in (False, True):
+        pipe = tiny_sd()
+        if offload:
+            WAYS[way](pipe)
+            home = table_of(pipe.unet)["conv_in.weight"] if way == "sequential" else pipe.unet.conv_in.weight
+            before = home.detach().clone()
+        run = bd.optimize(
+            pipe, "a 7", lambda images: images.square().flatten(1).mean(1), over="unet.conv_in.*", steps=2,
+            height=PICTURE, width=PICTURE, num_inference_steps=2, out=tmp_path / str(offload), progress=False,
+            memory="min",
+        )  # fmt: skip
+        losses.append([entry["loss"] for entry in run.record["iterations"]])
+    assert losses[0] == losses[1]
+    assert losses[0][0] > losses[0][-1]
+    assert torch.equal(home, before)
 
 
 @TRAP.handled("group offloading with `use_stream=True`; one network of several offloaded by groups")

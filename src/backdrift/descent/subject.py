@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, UnsupportedError
+from ..pipelines.homes import homes_of
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,9 @@ def describe_pipeline(pipe: Any) -> dict[str, Any]:
     digest = hashlib.sha256()
     for name, module in sorted(pipe.components.items()):
         if isinstance(module, torch.nn.Module):
-            for key, value in sorted(module.state_dict().items()):
+            homes = homes_of(module)  # of weights that sequential offloading keeps elsewhere
+            for key, held in sorted(module.state_dict(keep_vars=True).items()):
+                value = homes.get(id(held), held)
                 digest.update(f"{name}.{key}{tuple(value.shape)}{value.dtype}".encode())
                 digest.update(_sampled(value))
     scheduler = getattr(pipe, "scheduler", None)
