@@ -194,7 +194,7 @@ def _steps(n: Steps | Adaptive) -> int | tuple[int, ...] | Adaptive:
         if n == "adaptive":
             return Adaptive()
     elif isinstance(n, int | Sequence):
-        numbers: list[int] = [n] if isinstance(n, int) else list(n)
+        numbers: list[Any] = [n] if isinstance(n, int) else list(n)
         if numbers and all(isinstance(k, int) and not isinstance(k, bool) and k >= 1 for k in numbers):
             return n if isinstance(n, int) else tuple(numbers)
     raise InputError(
