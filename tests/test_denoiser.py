@@ -59,6 +59,18 @@ def test_conditionings_that_share_no_batch_take_two_calls(uncond: Any) -> None:
     assert (model.nfe, len(network.seen)) == (2, 2)
 
 
+def test_rescaled_guidance_mixes_in_an_output_as_spread_as_the_conditional_one() -> None:
+    made = [
+        Denoiser(Recorder(), VP.linear(), guidance_scale=3.0, uncond=UNCOND, guidance_rescale=phi)(X, 0.5, COND)
+        for phi in (0.0, 1.0, 0.7)
+    ]
+    conditional = Denoiser(Recorder(), VP.linear())(X, 0.5, COND)
+    torch.testing.assert_close(made[1].std(1), conditional.std(1), rtol=1e-12, atol=0)
+    ratio = made[1] / made[0]
+    torch.testing.assert_close(ratio[:, :1].expand_as(ratio), ratio, rtol=1e-12, atol=0)
+    torch.testing.assert_close(made[2], 0.7 * made[1] + 0.3 * made[0], rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction", "flow_prediction"])
 def test_guidance_means_the_same_in_every_prediction(prediction: str) -> None:
     """Guiding the output and then reading eps is guiding eps: the conversions are affine."""
@@ -149,6 +161,7 @@ def test_outputs_may_be_wrapped() -> None:
         (lambda: Denoiser(Recorder(), "vp"), "VP.linear"),  # type: ignore[arg-type]
         (lambda: Denoiser(Recorder(), VP.linear(), "eps"), "epsilon, sample"),
         (lambda: Denoiser(Recorder(), VP.linear(), guidance_scale=float("nan")), "guidance_scale"),
+        (lambda: Denoiser(Recorder(), VP.linear(), guidance_rescale=1.5), "guidance_rescale"),
         (lambda: Denoiser(Recorder(), VP.linear(), time_scale="1"), "time_scale"),  # type: ignore[arg-type]
         (lambda: Denoiser(Recorder(), VP.linear(), dtype=torch.int8), "floating"),
         (lambda: Denoiser(Recorder(), Flow(), round_timesteps=True), "times up to 1"),

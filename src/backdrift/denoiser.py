@@ -37,6 +37,8 @@ class Denoiser:
         uncond: the conditioning without a prompt, a nest like ``cond`` (None is a value like any other
             where ``cond`` is given); it, too, may be given per step or as a function of time (see
             :mod:`backdrift.conditioning`).
+        guidance_rescale: phi of Lin et al. 2023 (section 3.4): the guided output g becomes
+            ``phi g std(cond)/std(g) + (1 - phi) g``, std over each sample; in [0, 1], 0 for none.
         time_scale: the network is given ``time_scale * t`` (1000 for Stable Diffusion 3's flow times).
         round_timesteps: give the network the nearest whole number (the even one of two), still as a floating tensor:
             for one that was trained on whole timesteps and takes no others. alpha, sigma and the steps stay exact, so a
@@ -59,6 +61,7 @@ class Denoiser:
         *,
         guidance_scale: float = 1.0,
         uncond: Any = None,
+        guidance_rescale: float = 0.0,
         time_scale: float = 1.0,
         round_timesteps: bool = False,
         dtype: torch.dtype | None = None,
@@ -70,6 +73,8 @@ class Denoiser:
         for name, value in (("guidance_scale", guidance_scale), ("time_scale", time_scale)):
             if not isinstance(value, int | float) or not math.isfinite(value):
                 raise InputError(f"{name} must be a finite number; got {value!r}")
+        if not isinstance(guidance_rescale, int | float) or not 0 <= guidance_rescale <= 1:
+            raise InputError(f"guidance_rescale must be a number in [0, 1]; got {guidance_rescale!r}")
         if dtype is not None and not dtype.is_floating_point:
             raise InputError(f"dtype must be a floating dtype; got {dtype}")
         if round_timesteps and abs(time_scale) * schedule.t_max < 2:
@@ -82,6 +87,7 @@ class Denoiser:
         self.prediction = check_prediction(prediction)
         self.guidance_scale = float(guidance_scale)
         self.uncond = uncond
+        self.guidance_rescale = float(guidance_rescale)
         self.time_scale = float(time_scale)
         self.round_timesteps = bool(round_timesteps)
         self.dtype = dtype
@@ -122,6 +128,9 @@ class Denoiser:
 
         Returns:
             The network's output in its own prediction, of x's shape and dtype.
+
+        Raises:
+            InputError: the output has another shape, or the network has edited ``x``.
         """
         times_dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
         paired, rows = branch.paired, len(x) * (2 if branch.paired else 1)
@@ -133,7 +142,7 @@ class Denoiser:
         if self.round_timesteps:
             times = times.round()
         inputs = x.to(self._network_dtype(x))
-        kind = x.device.type
+        kind, version = x.device.type, _version_of(x)
         # Autocast's cache of cast weights outlives a call: one made without grad would be found by a redone
         # call and cut its weights off. Within a call nothing is lost by not caching.
         with torch.autocast(
@@ -144,6 +153,11 @@ class Denoiser:
         ):
             rows_in = torch.cat([inputs, inputs]) if paired else inputs
             out = self._tensor(self.network(rows_in, times, branch.at(t, len(x))))
+        if version != _version_of(x):
+            raise InputError(
+                "the network edits its input in place, which is the run's own state: let it begin with x = x.clone(), "
+                "or compute out of place (x = x * 2 for x *= 2)"
+            )
         out = out.to(x.dtype)
         if out.shape != (rows, *x.shape[1:]):
             raise InputError(
@@ -199,7 +213,12 @@ class Denoiser:
         return out if on_x == 0 and on_output == 1 else on_x * x + on_output * out
 
     def _guide(self, uncond: Tensor, cond: Tensor) -> Tensor:
-        return uncond + self.guidance_scale * (cond - uncond)
+        guided = uncond + self.guidance_scale * (cond - uncond)
+        if self.guidance_rescale == 0:
+            return guided
+        dims = list(range(1, cond.ndim))
+        ratio = cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
+        return self.guidance_rescale * (guided * ratio) + (1 - self.guidance_rescale) * guided
 
     def _network_dtype(self, x: Tensor) -> torch.dtype:
         if self.dtype is not None:
@@ -222,3 +241,8 @@ class Denoiser:
                 f"the network must return a tensor (or .sample, or a tuple); got {type(out).__name__}"
             )
         return found
+
+
+def _version_of(x: Tensor) -> int | None:
+    """How often ``x`` was edited in place; None where that is not counted."""
+    return None if x.is_inference() or torch._C._are_functorch_transforms_active() else x._version

@@ -36,11 +36,26 @@ class Decoder:
         pipe: the pipeline; it is not changed.
         decode: takes the decoder's place: clean latents, as the pipeline's scheduler steps them, to pictures
             (B, 3, H, W), or videos (B, F, 3, H, W), in [0, 1].
+        frozen: the copy of its autoencoder to use, such as :meth:`autoencoder` gave; one of its own if None.
     """
 
-    def __init__(self, pipe: Any, decode: Callable[[Tensor], Tensor] | None = None) -> None:
-        self._pipe, self._given = pipe, decode
-        self._frozen: nn.Module | None = None
+    def __init__(
+        self,
+        pipe: Any,
+        decode: Callable[[Tensor], Tensor] | None = None,
+        frozen: nn.Module | None = None,
+    ) -> None:
+        self._pipe, self._given, self._frozen = pipe, decode, frozen
+
+    def autoencoder(self, x0: Tensor) -> nn.Module | None:
+        """The frozen copy of the network that decodes such latents; None for a pipeline in pixels.
+
+        Raises:
+            UnsupportedError: how this pipeline decodes is not known.
+        """
+        if not any(hasattr(value, "decode") for value in _networks(self._pipe)):
+            return None
+        return self._vae(x0.device, _OF_VIDEO if x0.ndim == 5 else _KNOWN)
 
     def forget(self) -> None:
         """Look at the pipeline's decoder again: a new run may have other weights."""

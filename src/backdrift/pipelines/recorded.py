@@ -187,7 +187,7 @@ def is_control(call: Recorded) -> bool:
     return not isinstance(call.output, Tensor) and not isinstance(call.output[0], Tensor)
 
 
-def outputs_of(call: Recorded, output: Any) -> list[Tensor]:
+def outputs_of(output: Any) -> list[Tensor]:
     """The tensors of a control network's output, in order."""
     values: Sequence[Any] = output.to_tuple() if hasattr(output, "to_tuple") else output
     return nests.tensors(list(values))

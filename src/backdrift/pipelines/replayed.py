@@ -55,7 +55,7 @@ class StepNetwork(nn.Module):
                 "guided"
             )
         _check_kind(pipe, output, z)
-        self._made = {id(t): t for call in self._controls for t in outputs_of(call, call.output)}
+        self._made = {id(t): t for call in self._controls for t in outputs_of(call.output)}
         for call in self._calls:
             call.check_arguments(self._made)
         self._places: dict[int, Where] = {id(call): call.where(z) for call in calls}
@@ -77,7 +77,7 @@ class StepNetwork(nn.Module):
             made = self._again(call, z, times, None)
             exchanged |= {
                 id(old): new
-                for old, new in zip(outputs_of(call, call.output), outputs_of(call, made), strict=True)
+                for old, new in zip(outputs_of(call.output), outputs_of(made), strict=True)
             }
         return [
             part

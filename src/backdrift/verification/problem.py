@@ -19,7 +19,8 @@ from ..errors import InputError, MissingGradientError, UnsupportedError
 from ..losses import Loss
 from ..pipelines.load import noise
 from ..pipelines.shadow import shadow, trained_parameters
-from ..pipelines.view import as_denoiser
+from ..pipelines.view import View, as_denoiser
+from ..pipelines.views.of_text import family_of
 from .moved import MovedNetwork
 
 Over = str | Sequence[str]
@@ -176,6 +177,29 @@ class PictureLoss(nn.Module):
         return self.loss(self.pictures(x0), self.prompts)
 
 
+class DecodedLoss(nn.Module):
+    """A loss on what a view decodes of a sample.
+
+    Args:
+        view: of a pipeline.
+        x_T: a state of it.
+        loss: on pictures (B, 3, H, W), or videos, meant for [0, 1] and not clamped, and prompts.
+        prompts: one for each sample, or one.
+
+    Raises:
+        UnsupportedError: how the pipeline decodes is not known.
+    """
+
+    def __init__(self, view: View, x_T: Tensor, loss: Loss, prompts: list[str]) -> None:
+        super().__init__()
+        self.vae, self.loss, self.prompts = view.autoencoder(x_T), loss, prompts
+        # A function of its own: copies of this module copy the autoencoder, and not the pipeline.
+        self._pictures = lambda vae, x0: view.decoding(vae)(x0)
+
+    def forward(self, x0: Tensor) -> Tensor:
+        return self.loss(self._pictures(self.vae, x0), self.prompts)
+
+
 def of_pipeline(
     pipe: Any,
     prompt: str,
@@ -202,14 +226,25 @@ def of_pipeline(
         InputError: a size does not fit.
         UnsupportedError: another family of pipeline.
     """
-    if guidance_scale is None:
-        guidance_scale = own_guidance(pipe)
     train = None if over in ("noise", "cond") else _train(pipe, over)
-    view = as_denoiser(pipe, prompt, guidance_scale, negative_prompt=negative_prompt, train=train)
-    x_T = noise(pipe, height=height, width=width, seed=seed)
+    texts: dict[str, Any] = {"negative_prompt": negative_prompt, "train": train}
+    objective: nn.Module
+    if family_of(pipe) is not None:
+        if guidance_scale is None:
+            guidance_scale = own_guidance(pipe)
+        view = as_denoiser(pipe, prompt, guidance_scale, **texts)
+        x_T = noise(pipe, height=height, width=width, seed=seed)
+        objective = PictureLoss(pipe.vae, loss, [prompt])
+    else:
+        texts |= {k: v for k, v in (("height", height), ("width", width)) if v is not None}
+        texts["generator"] = torch.Generator().manual_seed(seed)
+        view = as_denoiser(pipe, prompt, guidance_scale, **texts)
+        assert view.x_T is not None
+        x_T = view.x_T.detach()
+        objective = DecodedLoss(view, x_T, loss, [prompt])
     if x_T.dtype not in (torch.float32, torch.float64):
         x_T = x_T.float()
-    problem = Problem(view.model, x_T, view.cond, PictureLoss(pipe.vae, loss, [prompt]))
+    problem = Problem(view.model, x_T, view.cond, objective)
     if train is None:
         return replace(problem, over=str(over))
     network: Any = view.model.network
