@@ -16,7 +16,8 @@ PACKAGE = Path(backdrift.__file__).parent
 # Every module or package directly under backdrift, from the top down. A line's rooms are on one floor and do not
 # import each other. A dotted name is a part of a room that stands higher than the room itself.
 FLOORS: list[set[str]] = [
-    {"_version", "accelerators", "errors", "nests", "parking", "residence", "stats", "suggest"},
+    {"accelerators"},
+    {"_version", "errors", "nests", "parking", "residence", "stats", "suggest"},
     {"ambient", "budget", "curves", "files", "predictions", "scalars", "through", "weights"},
     {"schedules", "pictures", "trace"},
     {"conditioning"},

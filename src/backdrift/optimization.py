@@ -145,7 +145,7 @@ def optimize(
     title = f"optimize {variable.name}: {prompts[0]}" + (" …" if len(set(prompts)) > 1 else "")
     run = Run.open(
         "optimize", settings, title=title, prompt=prompts, seed=seed, out=out, resume=resume,
-        device=pipe._execution_device,
+        device=getattr(pipe, "_execution_device", None),
     )  # fmt: skip
     return Descent(
         pipe,

@@ -102,7 +102,7 @@ def ambigram(
     }
     run = Run.open(
         "ambigram", settings, title=f"ambigram: {upright} upright, {upside_down} upside-down", prompt=prompts,
-        seed=seeds[0], out=out, resume=resume, device=pipe._execution_device,
+        seed=seeds[0], out=out, resume=resume, device=getattr(pipe, "_execution_device", None),
     )  # fmt: skip
     examples = [make_examples(pipe, prompts[:1], height, width, seed)[0] for seed in seeds]
     objective = Jittered(reader, jitter)

@@ -79,7 +79,7 @@ def check_gradient(
     }
     run = Run.open(
         "check", settings, title="the gradient through the whole run, checked", prompt=[prompt], seed=seed, out=out,
-        resume=resume, unfingerprinted=(), device=pipe._execution_device,
+        resume=resume, unfingerprinted=(), device=getattr(pipe, "_execution_device", None),
     )  # fmt: skip
     if run.finished:
         return run

@@ -230,7 +230,7 @@ def compare(pipe: Any, prompt: str, task: Task, how: Guiding, sampling: Sampling
     }
     run = Run.open(
         f"guide-{task.kind}", settings, title=task.title, prompt=[prompt] * sampling.samples, seed=sampling.seed,
-        out=sampling.out, resume=sampling.resume, device=pipe._execution_device,
+        out=sampling.out, resume=sampling.resume, device=getattr(pipe, "_execution_device", None),
     )  # fmt: skip
     if run.finished:
         return run

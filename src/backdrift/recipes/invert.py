@@ -226,7 +226,7 @@ def invert(
     }
     run = Run.open(
         "invert", settings, title=f"invert to {variable.placeholder}: {prompts[0]}", seed=seed, out=out, resume=resume,
-        prompt=[e.prompt for e in groups[0]], device=pipe._execution_device,
+        prompt=[e.prompt for e in groups[0]], device=getattr(pipe, "_execution_device", None),
     )  # fmt: skip
     figures = {"vectors": len(variable.start), **encoder.figures()}
     return Descent(
