@@ -3,7 +3,8 @@
     python -m benchmarks.figures            # print it; exit status 1 if the README says anything else
     python -m benchmarks.figures --write    # put it into the README
 
-``results/exact_gradient.json`` becomes a table of methods. Any other results file may hold
+``results/exact_gradient.json`` becomes a table of methods; what was measured on a GPU (``results/gpu-<card>.json``)
+leads with a table and a picture of its own. Any other results file may hold
 ``"figures": [["what was measured", "value"], …]``; those rows are listed below it, and then those beside other packages
 (``results/peers-*.json``).
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from .exact_gradient import RESULTS
@@ -88,15 +90,32 @@ def _exactness(runs: list[dict[str, object]]) -> str:
     return f"relative error {100 * low:.0f}–{100 * high:.0f} %"
 
 
+def on_cards(results: Path) -> Iterator[str]:
+    """Of each GPU, what whole jobs on real architectures took."""
+    for path in sorted(results.glob("gpu-*.json")):
+        data = json.loads(path.read_text())
+        if not data.get("figures"):
+            continue
+        machine, picture = data["machine"], path.with_suffix(".png")
+        words = (
+            f"Real architectures with random weights and a CLIP-sized loss on one {machine['accelerator']}, torch "
+            f"{machine['torch']}: time over sampling alone, and the peak of everything on the card."
+        )
+        lines = [f"| {what} | {value} |" for what, value in data["figures"]]
+        rows = "\n".join(["| job | |", "|---|---|", *lines])
+        drawn = f"\n\n![{machine['accelerator']}](benchmarks/results/{picture.name})"
+        yield f"{words}\n\n{rows}{drawn if picture.exists() else ''}"
+
+
 def block(results: Path = RESULTS) -> str:
     """All that stands between the README's markers; empty without results."""
-    parts = []
+    parts = list(on_cards(results))
     main = results / "exact_gradient.json"
     if main.exists():
         parts.append(gradient_table(Figures.read(main)))
     rows = []
     for path in sorted(results.glob("*.json")):
-        if path != main:
+        if path != main and not path.name.startswith("gpu-"):
             rows += [
                 f"| {what} | {value} |" for what, value in json.loads(path.read_text()).get("figures", [])
             ]

@@ -33,6 +33,7 @@ RESULTS = Path(__file__).parent / "results"
 MODELS = ("sdxl", "sd15", "sd3-medium", "flux-dev")
 _BUILDING = 20.0  # seconds to build a pipeline and warm it up, until it is known
 _DEARER = 6.0  # a gradient against sampling, until it is known
+_SLOWER = {("float32", "bfloat16"): 8.0}  # a dtype against another, until it is known
 _FAMILY = ("forward", "min", "fifteen", "max", "auto", "plain", "blocks")
 
 
@@ -141,10 +142,13 @@ class Bench:
 
     def _expected(self, cell: Cell) -> float:
         """A guess at the seconds of a cell, from the slowest like it so far (and what building takes)."""
-        known = self.record.find("cells", model=cell.model, dtype=cell.dtype, status="done")
+        known, times = self.record.find("cells", model=cell.model, dtype=cell.dtype, status="done"), 1.0
+        for (dtype, other), slower in _SLOWER.items():
+            if not known and cell.dtype == dtype:
+                known, times = self.record.find("cells", model=cell.model, dtype=other, status="done"), slower
         forward, gradient = (
             [
-                c["whole_seconds"] * cell.steps / c["steps"]
+                times * c["whole_seconds"] * cell.steps / c["steps"]
                 for c in known
                 if (c["method"] == "forward") is kind
             ]
@@ -181,7 +185,8 @@ class Bench:
         found = measured(job, cell.method, cell.steps, cell.through)
         if cell.method != "forward":
             found |= self._compared(cell, job.gradient())
-        if cell.through == "all" and cell.method in ("max", "plain", "forward"):
+        # Planning takes its time, and these methods are what it is about.
+        if cell.through == "all" and cell.method in ("max", "plain"):
             found |= self._plan(cell, job)
         job.clear()
         return found
@@ -221,6 +226,8 @@ class Bench:
     def _save(self, cell: dict[str, Any]) -> None:
         same = {k: cell[k] for k in ("model", "dtype", "wants", "through", "steps", "method")}
         self.record.replace("cells", same, cell)
+        if not self.small:  # a process that is killed leaves them too
+            self.record.note("figures", figures(self.record.data))
 
 
 def about(device: torch.device) -> dict[str, Any]:
@@ -268,22 +275,30 @@ def main(arguments: list[str]) -> int:
     chosen = parser.parse_args(arguments)
     until = time.monotonic() + 60 * chosen.minutes
     device = torch.device(chosen.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no GPU here: --device cpu --small shows that it runs from end to end")
     path = chosen.out or results_path(device, chosen.small)
     record = Record(path, about(device), {"small": chosen.small}, "cells")
     wanted = selected(chosen)
     left = 0
     if not chosen.list:
         left = Bench(record, device, small=chosen.small, until=until, again=chosen.again).run(wanted)
-        if not chosen.small:
-            record.data["figures"] = figures(record.data)
         record.save()
         if any(c["status"] == "done" for c in record.data["cells"]):
-            from .gpu_plot import plot
-
-            plot(record.data, record.path.with_suffix(".png"))
+            _draw(record)
     for line in table(record.data, [asdict(cell) for cell in wanted] if chosen.list else None):
         print(line)
     return 3 if left else 0
+
+
+def _draw(record: Record) -> None:
+    """The picture; what is measured is safe without it."""
+    try:
+        from .gpu_plot import plot
+
+        plot(record.data, record.path.with_suffix(".png"))
+    except Exception as error:
+        print(f"no picture: {type(error).__name__}: {error}")
 
 
 def selected(chosen: argparse.Namespace) -> list[Cell]:

@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from benchmarks import gpu, gpu_jobs, gpu_plot
-from benchmarks.gpu import Cell, cells, main
+from benchmarks.figures import block
+from benchmarks.gpu import Bench, Cell, cells, main
 from benchmarks.gpu_jobs import Job, Setting
 from benchmarks.gpu_summary import figures, largest, over, planned, table
+from benchmarks.record import Record
 
 from backdrift.errors import BudgetError
 
@@ -103,12 +105,19 @@ def test_running_out_of_memory_is_a_result_and_the_rest_goes_on(
     monkeypatch.setattr(gpu, "Job", Stub)
     monkeypatch.setattr(gpu_plot, "plot", lambda data, path: None)
     monkeypatch.setattr(Stub, "ends", {
+        "forward": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         "max": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
         "plain": RuntimeError("something else"),
         "8GiB": BudgetError("the smallest budget that works is 9 GiB"),
     })  # fmt: skip
     data = run(tmp_path / "gpu.json")
-    assert [c["status"] for c in data["cells"]] == ["done", "out of memory", "failed", "refused", "done"]
+    assert [c["status"] for c in data["cells"]] == [
+        "out of memory",
+        "out of memory",
+        "failed",
+        "refused",
+        "done",
+    ]
     assert "Tried to allocate" in data["cells"][1]["says"]
 
     # Taken up again: only what failed, and only when asked; a cell in which the process died is among those.
@@ -148,6 +157,59 @@ def test_a_budget_plans_for_everything_that_is_counted() -> None:
     assert held["choices"] == {}  # there is room: plain autograd
     # Narrow layers: scratch memory inside kernels is a large share.
     assert held["planned_bytes"] == pytest.approx(held["peak_bytes"], rel=0.35)
+
+
+def test_a_mistake_in_the_benchmark_is_a_failure() -> None:
+    """A missing key is no method that is not offered."""
+    found = gpu_jobs.guarded(lambda: {}["nothing"])
+    assert (found["status"], found["says"]) == ("failed", "KeyError: 'nothing'")
+
+
+def test_a_budget_with_offloading_is_planned_for_an_offloaded_pipeline() -> None:
+    job = Job(Setting("sd15", "float32", "noise"), CPU, small=True)
+    free = gpu_jobs.measured(job, "max", 2, "all")
+    gradient = job.gradient()
+    held = gpu_jobs.measured(job, f"{free['peak_bytes']} offload", 2, "all")
+    assert held["choices"]["weights"] == "offload", held
+    assert torch.equal(job.gradient(), gradient)
+    assert not hasattr(job.pipe.unet, "_hf_hook")  # as it was
+
+
+def test_the_readme_s_rows_are_there_before_the_last_cell(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(gpu, "Job", Stub)
+    monkeypatch.setattr(Stub, "ends", {"max": KeyboardInterrupt()})
+    record = Record(tmp_path / "gpu-card.json", made_up()["machine"], {"small": False}, "cells")
+    bench = Bench(record, CPU, small=False, until=float("inf"), again=False)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run([Cell("sdxl", "bfloat16", "noise", "all", 30, m) for m in ("forward", "min", "max")])
+    ((what, value),) = json.loads(record.path.read_text())["figures"]
+    assert what == "SDXL 1024², noise gradient, N = 30, bf16, on Card"
+    assert value.startswith('`"min"`: ')
+    assert value.endswith('`"max"`: died')
+
+
+def test_what_a_card_took_leads_the_readme_s_figures(tmp_path: Path) -> None:
+    data = made_up()
+    (tmp_path / "gpu-card.json").write_text(json.dumps(data | {"figures": figures(data)}))
+    (tmp_path / "gpu-cpu-small.json").write_text(json.dumps(data))  # proves nothing: it has no figures
+    (tmp_path / "gpu-card.png").write_bytes(b"")
+    (tmp_path / "other.json").write_text(json.dumps({"figures": [["something else", "7"]]}))
+    text = block(tmp_path)
+    assert (
+        text.count("| SDXL 1024², noise gradient, N = 10, bf16, on Card | plain autograd: 3.0 × sampling")
+        == 1
+    )
+    assert "![Card](benchmarks/results/gpu-card.png)" in text
+    assert text.index("on one Card, torch 2") < text.index("| something else | 7 |")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path / "gpu.json")])
+    assert "there is no GPU here" in capsys.readouterr().err
 
 
 def made_up() -> dict[str, Any]:
