@@ -14,9 +14,19 @@ from typer.testing import CliRunner
 import backdrift as bd
 from backdrift.cli import app
 from backdrift.cli.verify import METHODS, SOLVERS, VerifySettings
-from backdrift.errors import InputError, UnsupportedError
+from backdrift.errors import InputError
 from backdrift.verification import menu
-from tiny_pipelines import noise_for, tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
+from tiny_pipelines import (
+    TOKENS,
+    WIDTH,
+    noise_for,
+    tiny_flux,
+    tiny_sd,
+    tiny_sd3,
+    tiny_sdxl,
+    tiny_text_encoder,
+    tiny_tokenizer,
+)
 
 SHORT: dict[str, Any] = {"steps": [2, 4], "reference_steps": 8, "progress": False}
 
@@ -115,10 +125,58 @@ def test_a_flow_matching_pipeline_with_all_methods() -> None:
     assert made.recommendation.row is not None
 
 
-def test_other_families_and_missing_settings_are_refused_by_name() -> None:
-    for pipe in (tiny_sdxl(), tiny_flux()):
-        with pytest.raises(UnsupportedError, match=type(pipe).__name__):
-            bd.verify(pipe, "a b", "brightness", **SHORT)
+def flux_with_encoders() -> Any:
+    """``tiny_flux`` with text encoders: CLIP, and a T5 behind CLIP's tokenizer."""
+    from transformers import T5Config, T5EncoderModel
+
+    pipe, tokenizer = tiny_flux(), tiny_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = T5Config(
+            vocab_size=len(tokenizer), d_model=WIDTH, d_kv=8, d_ff=WIDTH, num_layers=1, num_heads=2
+        )
+        t5 = T5EncoderModel(config).eval()
+    parts = {"text_encoder": tiny_text_encoder(), "text_encoder_2": t5}
+    parts |= {"tokenizer": tokenizer, "tokenizer_2": tokenizer}
+    for name, part in parts.items():
+        setattr(pipe, name, part)
+    pipe.tokenizer_max_length = TOKENS
+    return pipe
+
+
+@pytest.mark.parametrize("make", [tiny_sdxl, flux_with_encoders])
+def test_other_families_through_the_view_of_their_call(make: Any) -> None:
+    pipe = make()
+    for over in ("noise", "cond"):
+        made = bd.verify(
+            pipe, "a b", "contrast", over=over, methods=["exact:min", "symplectic", "continuous"], directions=2,
+            height=16, width=16, seed=2, **SHORT,
+        )  # fmt: skip
+        found = {row.name: row for row in made.rows if row.asked}
+        assert {found[name].verdict for name in ("exact:min", "symplectic")} == {"exact"}
+        (reference,) = [r for r in made.record["references"] if r["directions"]]
+        assert reference["differences"] < 1e-4
+    view = bd.as_denoiser(pipe, "a b", height=16, width=16, generator=torch.Generator().manual_seed(2))
+    objective = bd.losses.resolve("contrast")
+
+    def gradient(method: Any) -> torch.Tensor:
+        x = view.x_T.clone().requires_grad_()
+        grid = bd.TimeGrid("uniform" if make is flux_with_encoders else "logsnr", 4)
+        x0 = bd.sample(view.model, x, view.cond, solver=bd.Euler(), grid=grid, gradient=method).x0
+        return torch.autograd.grad(objective(view.decode(x0)).sum(), x)[0].double()
+
+    own, adjoint = gradient(bd.Plain()), gradient(bd.ContinuousAdjoint())
+    made = bd.verify(
+        pipe, "a b", "contrast", methods=["continuous"], directions=0, height=16, width=16, seed=2, **SHORT
+    )
+    (row,) = [r for r in made.rows if r.name == "continuous" and r.steps == 4]
+    assert row.own is not None
+    assert row.own.relative == pytest.approx(float((adjoint - own).norm() / own.norm()), rel=1e-4)
+
+
+def test_missing_settings_are_refused_by_name() -> None:
+    with pytest.raises(InputError, match=r"FluxPipeline.* text encoders"):
+        bd.verify(tiny_flux(), "a b", "brightness", **SHORT)
     with pytest.raises(InputError, match="needs a prompt"):
         bd.verify(tiny_sd(), loss="brightness")
     with pytest.raises(InputError, match="needs a loss"):
