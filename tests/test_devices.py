@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from backdrift import accelerators, parking
+from backdrift import accelerators, losses, parking
 from backdrift.ambient import Ambient, full_precision
 from backdrift.budget import available_bytes
 from backdrift.cli.pipeline import devices, find_device
@@ -234,6 +234,14 @@ def test_auto_on_a_shared_memory_is_no_more_than_the_machine_has(monkeypatch: py
     memory.recommended_max_memory = lambda: 2**21
     assert available_bytes(apple) == int(0.8 * 2**20)
     assert not accelerators.has_float64(apple)
+
+
+def test_a_loss_goes_to_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerators, "WITHOUT_FLOAT64", {"meta"})
+    loss = losses.resolve("colour:#2060c0")
+    loss._follow(torch.device("meta"))
+    goal = dict(loss.named_buffers())["goal"]
+    assert (goal.device.type, goal.dtype) == ("meta", torch.float32)
 
 
 def test_a_record_names_the_device_of_the_work(cards: Cards) -> None:
