@@ -18,10 +18,14 @@ from tiny_pipelines import TOKENS, WIDTH, tiny_sd3, tiny_unet, tiny_vae
 STEPS = 3
 
 
-def unet(level: Level, memory: Any, train: bool = False, dropout: bool = False) -> list[torch.Tensor]:
+def unet(
+    level: Level, memory: Any, train: bool = False, dropout: bool = False, free: bool = False
+) -> list[torch.Tensor]:
     """Gradients through three calls of a UNet; plain autograd where there is neither level nor memory."""
     net = tiny_unet(dropout=0.5) if dropout else tiny_unet()
     net.train(dropout)
+    if free:
+        net.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
     trained = list(net.parameters()) if train else []
     copy: Any = shadow(net, {id(p) for p in trained})
     install(copy, level)
@@ -62,6 +66,15 @@ def test_random_numbers_are_drawn_again(level: Level) -> None:
     assert equal(unet(level, None, dropout=True), plain)
     assert equal(unet(level, "min", dropout=True), plain)
     assert not equal(plain, unet("whole", None))
+
+
+@pytest.mark.parametrize("memory", [None, "min", "max"])
+@pytest.mark.parametrize("level", LEVELS[1:])
+def test_blocks_that_edit_their_inputs_are_none_of_the_units(level: Level, memory: Any) -> None:
+    """FreeU writes into the features that a block is given, which autograd refuses where they are given again."""
+    free = unet("whole", None, free=True)
+    assert equal(unet(level, memory, free=True), free)
+    assert not equal(unet("whole", None), free)
 
 
 def test_units_are_the_blocks_that_the_networks_name() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import threading
 from typing import Any
@@ -167,6 +168,18 @@ def test_saving_inside_the_block_names_the_real_class(tmp_path: Any) -> None:
         pipe.save_pretrained(tmp_path)
     assert '"StableDiffusionPipeline"' in (tmp_path / "model_index.json").read_text()
     assert pickle.dumps(type(pipe))
+
+
+def test_a_copy_made_inside_the_block_is_an_ordinary_pipeline() -> None:
+    pipe = tiny_sd()
+    with bd.differentiable(pipe, "min"):
+        copies = [copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe)), copy.copy(pipe)]
+    arguments, _ = call_arguments(pipe)
+    expected = pipe(output_type="np", **arguments).images
+    for one in copies:
+        assert type(one) is type(pipe)
+        arguments, _ = call_arguments(pipe)
+        assert np.array_equal(one(output_type="np", **arguments).images, expected)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -385,6 +398,30 @@ def test_a_tensor_that_gets_no_gradient_is_named() -> None:
 
     with pytest.raises(MissingGradientError, match="latents"):
         bd.differentiable(pipe, "min")(callback_on_step_end=cut, **arguments)
+
+
+def test_a_tensor_that_gets_no_gradient_is_named_also_when_another_call_of_its_kind_went_well() -> None:
+    """A second pipeline's cut, or a second callback's, was missed: calls were looked through once per class."""
+    run = bd.differentiable(tiny_sd(), "min")
+
+    def cut(pipe: Any, i: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": values["latents"].detach()} if i == 2 else {}
+
+    arguments, _ = call_arguments(run.pipe)
+    run(callback_on_step_end=lambda pipe, i, t, values: values, **arguments)
+    with pytest.raises(MissingGradientError, match="latents"):
+        run(callback_on_step_end=cut, **arguments)
+    run(**arguments)
+    other = tiny_sd()
+    other.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: (
+            args,
+            kwargs | {"encoder_hidden_states": kwargs["encoder_hidden_states"].detach()},
+        ),
+        with_kwargs=True,
+    )
+    with pytest.raises(MissingGradientError, match="prompt_embeds"):
+        bd.differentiable(other, "min")(**arguments)
 
 
 def bare(name: str, module: str = "") -> Any:

@@ -17,9 +17,9 @@ PACKAGE = Path(backdrift.__file__).parent
 # import each other. A dotted name is a part of a room that stands higher than the room itself.
 FLOORS: list[set[str]] = [
     {"accelerators"},
-    {"_version", "errors", "nests", "parking", "residence", "stats", "suggest"},
-    {"ambient", "budget", "curves", "files", "predictions", "scalars", "through", "weights"},
-    {"schedules", "pictures", "trace"},
+    {"_version", "errors", "nests", "parking", "residence", "stats", "suggest", "versions"},
+    {"ambient", "budget", "carried", "curves", "files", "predictions", "scalars", "through"},
+    {"schedules", "pictures", "trace", "weights"},
     {"conditioning"},
     {"grids", "denoiser", "noises"},
     {"host"},

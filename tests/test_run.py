@@ -150,6 +150,32 @@ def test_a_broken_checkpoint_is_an_error_that_says_so(tmp_path: Path) -> None:
         run.load_checkpoint()
 
 
+@pytest.mark.parametrize(
+    "text", [b"", b'{"format": "backdrift-run/1"', b"\x80\x81\xff", b'{"format": "backdrift-run/1"}', b"[]"]
+)
+def test_a_broken_record_is_an_error_that_says_so_and_is_left_alone(tmp_path: Path, text: bytes) -> None:
+    open_run(tmp_path / "a").save_record()
+    (tmp_path / "a" / "record.json").write_bytes(text)
+    with pytest.raises(InputError, match="run record"):
+        open_run(tmp_path / "a")
+    assert contents(tmp_path) == {"a/record.json": text}
+
+
+def test_broken_and_missing_files_of_a_run_are_errors_that_say_so(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "a")
+    run.save_tensors("best", {"noise": torch.ones(3)})
+    path = tmp_path / "a" / "tensors" / "best.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(InputError, match=r"best\.safetensors.*cannot be read"):
+        run.tensors("best")
+    path.unlink()
+    with pytest.raises(InputError, match=r"best\.safetensors.*cannot be read"):
+        run.tensors("best")
+    torch.save({"record": "{}"}, tmp_path / "a" / "checkpoint.pt")
+    with pytest.raises(InputError, match=r"checkpoint\.pt.*cannot be read"):
+        run.load_checkpoint()
+
+
 def test_pictures_are_clamped_rounded_and_put_in_a_row(tmp_path: Path) -> None:
     from PIL import Image
 

@@ -91,7 +91,7 @@ def _members(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modu
             continue
         if isinstance(child, nn.ModuleList):
             for i, member in enumerate(child):
-                if _composite(member):
+                if _composite(member) and not _edits_inputs(member):
                     yield f"{dotted}.{i}", member
                 else:
                     yield from _members(member, f"{dotted}.{i}")
@@ -112,6 +112,11 @@ def _innermost(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _composite(module: nn.Module) -> bool:
     """Whether it is a network of its own, not one layer with what belongs to it."""
     return _layers(module) >= 3
+
+
+def _edits_inputs(module: nn.Module) -> bool:
+    """Whether a block writes into what it is given, which could then not be given to it again: FreeU's blocks do."""
+    return all(getattr(module, name, None) for name in ("s1", "s2", "b1", "b2"))
 
 
 def _layers(module: nn.Module) -> int:
@@ -194,6 +199,7 @@ class _Pass:
         self.others = [None if isinstance(x, torch.Tensor) else x for x in leaves]
         self.places = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
         self.weights = unit.weights()
+        self.carried = self.weights.carried()
         # A call is also counted on the meta device, which has no state.
         self.ambient = Ambient([x for x in leaves if not (isinstance(x, torch.Tensor) and x.is_meta)])
         self.count = 0
@@ -259,6 +265,7 @@ class _Pass:
         residence = self.unit.group.residence() if self.unit.group.residence is not None else None
         with (
             self.weights.restored(),
+            nullcontext() if self.carried is None else self.carried.restored(),
             torch.enable_grad(),
             nullcontext() if residence is None else residence.over(self.unit.module),
             self.ambient.restored(),

@@ -14,6 +14,7 @@ from .errors import InputError
 from .predictions import check_prediction, conversion
 from .scalars import Scalar, plain
 from .schedules import Schedule
+from .versions import version_of
 
 Network = Callable[[Tensor, Tensor, Any], Any]
 
@@ -142,7 +143,7 @@ class Denoiser:
         if self.round_timesteps:
             times = times.round()
         inputs = x.to(self._network_dtype(x))
-        kind, version = x.device.type, _version_of(x)
+        kind, version = x.device.type, version_of(x)
         # Autocast's cache of cast weights outlives a call: one made without grad would be found by a redone
         # call and cut its weights off. Within a call nothing is lost by not caching.
         with torch.autocast(
@@ -153,7 +154,7 @@ class Denoiser:
         ):
             rows_in = torch.cat([inputs, inputs]) if paired else inputs
             out = self._tensor(self.network(rows_in, times, branch.at(t, len(x))))
-        if version != _version_of(x):
+        if version != version_of(x):
             raise InputError(
                 "the network edits its input in place, which is the run's own state: let it begin with x = x.clone(), "
                 "or compute out of place (x = x * 2 for x *= 2)"
@@ -241,8 +242,3 @@ class Denoiser:
                 f"the network must return a tensor (or .sample, or a tuple); got {type(out).__name__}"
             )
         return found
-
-
-def _version_of(x: Tensor) -> int | None:
-    """How often ``x`` was edited in place; None where that is not counted."""
-    return None if x.is_inference() or torch._C._are_functorch_transforms_active() else x._version

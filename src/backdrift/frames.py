@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,7 +67,7 @@ class Frame:
         self.versions = [t._version for t in self.tensors]
         self.flags = [t.requires_grad for t in self.tensors]
         places = weights.devices if turns is None else weights.devices | {turns.device}
-        self.ambient = Ambient(leaves, places)
+        self.ambient, self.carried = Ambient(leaves, places), weights.carried()
         self.serial = -1
         self.tickets: list[weakref.ref[_Ticket] | None] = []
         self.nbytes = 0
@@ -249,6 +250,7 @@ class Frame:
         with (
             self.ledger.redoing(self),
             self.weights.restored(),
+            nullcontext() if self.carried is None else self.carried.restored(),
             self.ambient.restored(),
             torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(pack, _same),

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .descent import Descent, Options, Variable, variable_for
+from .descent.code import code_settings
 from .descent.optimizers import OptimizerSpec, ScheduleSpec
 from .descent.subject import (
     describe_pipeline,
@@ -142,6 +143,9 @@ def optimize(
         "noise": describe_value(noise),
         "pipeline": describe_pipeline(pipe),
     }
+    settings |= code_settings(objective, judge)
+    if judge is not None and (held := describe_tensors(judge)) is not None:
+        settings["heldout_tensors"] = held
     title = f"optimize {variable.name}: {prompts[0]}" + (" …" if len(set(prompts)) > 1 else "")
     run = Run.open(
         "optimize", settings, title=title, prompt=prompts, seed=seed, out=out, resume=resume,

@@ -92,6 +92,19 @@ from .record import (
 
 __all__ = ["Best", "Run", "fingerprint", "versions"]
 
+_NEEDED = {
+    "kind",
+    "prompt",
+    "seed",
+    "settings",
+    "fingerprint",
+    "status",
+    "iterations",
+    "best",
+    "pictures",
+    "tensors",
+}
+
 
 @dataclass(frozen=True)
 class Best:
@@ -200,10 +213,14 @@ class Run:
         path = Path(folder) / "record.json"
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:  # neither text nor JSON
             raise InputError(f"{str(path)!r} is not a readable run record: {error}.") from error
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise InputError(f"{str(path)!r} is not a run record of the format {FORMAT!r}.")
+        if lost := sorted(_NEEDED - record.keys()):
+            raise InputError(
+                f"{str(path)!r} is a run record without {', '.join(lost)}; delete the folder to start anew."
+            )
         return cls(Path(folder), record)
 
     @property
@@ -235,12 +252,23 @@ class Run:
         )
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors saved under ``name``."""
+        """The tensors saved under ``name``.
+
+        Raises:
+            InputError: there are none, or their file cannot be read.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         if name not in self.record["tensors"]:
             raise InputError(f"The run has no tensors {name!r}; it has {sorted(self.record['tensors'])}.")
-        return load_file(self.folder / self.record["tensors"][name]["path"])
+        path = self.folder / self.record["tensors"][name]["path"]
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{str(path)!r} cannot be read ({error}); delete the folder to make the run anew."
+            ) from error
 
     def clear(self) -> None:
         """Forget the results in the record, to begin anew with the same settings."""
@@ -292,7 +320,7 @@ class Run:
             return None
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-            record = json.loads(content["record"])
+            record, state = json.loads(content["record"]), content["state"]
         except Exception as error:
             raise InputError(
                 f"{str(path)!r} cannot be read ({error}); delete the folder to start anew."
@@ -300,7 +328,7 @@ class Run:
         if record["fingerprint"] != self.record["fingerprint"]:
             raise InputError(f"{str(path)!r} belongs to another run; delete the folder to start anew.")
         self.record = record | {"versions": self.record["versions"], "status": "running", "message": ""}
-        return content["state"]
+        return state
 
     @contextmanager
     def writing(self) -> Iterator[None]:

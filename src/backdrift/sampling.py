@@ -105,7 +105,7 @@ def sample(
             per step (gradients reach those that require grad).
         seed: short for ``noise=Brownian(seed)``.
         trajectory: keep the states at all nodes.
-        check_finite: look for NaN and infinity in the states (one synchronisation, at the end).
+        check_finite: look for NaN and infinity in the states (one synchronisation, at the end; not under ``vmap``).
         through: which steps carry the gradient: ``All()``, ``Last(K)``, ``Random(K)``, ``Steps([...])`` or their text
             (:mod:`backdrift.through` has the equations). Step i is interval i of the grid, with all evaluations that
             the solver makes for it (of an adaptive solver, the i-th accepted step); in the others the network is
@@ -357,7 +357,8 @@ def finite(states: Iterable[State], times: Sequence[float]) -> Iterator[State]:
         parts = [x.detach().isfinite().all() for x in (state if isinstance(state, Pair) else (state,))]
         flags.append(parts[0] if len(parts) == 1 else parts[0] & parts[1])
         yield state
-    if not flags or bool(torch.stack(flags).all()):
+    # Under vmap nothing can be decided by a value.
+    if not flags or any(map(torch._C._functorch.is_batchedtensor, flags)) or bool(torch.stack(flags).all()):
         return
     step = [bool(ok) for ok in flags].index(False)
     raise NonFiniteError(

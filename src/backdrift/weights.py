@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .carried import Carried, Carrier
 from .errors import StateChangedError
 from .residence import Turns
+from .versions import version_of
 
 _ADVICE = "run the sampling call again, or call backward() before the change"
 
@@ -140,15 +142,16 @@ class Weights:
             buffers += [b for b in child._buffers.values() if b is not None]
         self.checked = len(
             self.tensors
-        )  # buffers follow: put back, but not compared (BatchNorm edits its own)
+        )  # buffers follow: put back, but not compared (BatchNorm edits its own: see :meth:`carried`)
         self.tensors += buffers
-        self.versions = [t._version for t in self.tensors[: self.checked]]
+        self.versions = [version_of(t) for t in self.tensors[: self.checked]]
         self.flags = [t.requires_grad for t in self.tensors]
         self.data = [self._at_home(t.data) for t in self.tensors]
         self.addresses = [t.data_ptr() for t in self.data]
         self.devices = frozenset(t.device for t in self.data)
         self.training = [m.training for m in self.holders]
         self.adapters = Adapters(self.modules)
+        self.carrier = Carrier(self.holders)
         self.layers = self.adapters.layers
         self.switches = [_switches(layer) for _, layer in self.layers]
         self.storages = frozenset(t.untyped_storage()._cdata for t in self.data)
@@ -159,12 +162,16 @@ class Weights:
     def unchanged(self) -> bool:
         """Whether a new snapshot would be equal to this one (weights, flags, modes, addresses, adapters)."""
         return (
-            self.versions == [t._version for t in self.tensors[: self.checked]]
+            self.versions == [version_of(t) for t in self.tensors[: self.checked]]
             and self.addresses == [self._at_home(t).data_ptr() for t in self.tensors]
             and self.flags == [t.requires_grad for t in self.tensors]
             and self.training == [m.training for m in self.holders]
             and self.switches == [_switches(layer) for _, layer in self.layers]
         )
+
+    def carried(self) -> Carried | None:
+        """What layers in train mode carry in their buffers now; to be asked right before a call."""
+        return self.carrier.now()
 
     def check(self) -> None:
         """Raise if a backward pass now would not see the weights that the call saw.
@@ -175,7 +182,7 @@ class Weights:
         """
         parameters = self.tensors[: self.checked]
         if not (
-            self.versions == [t._version for t in parameters]
+            self.versions == [version_of(t) for t in parameters]
             and self.flags[: self.checked] == [t.requires_grad for t in parameters]
             and (self.owned or self.addresses[: self.checked] == [t.data_ptr() for t in parameters])
         ):
@@ -194,10 +201,10 @@ class Weights:
 
     def _first_change(self) -> StateChangedError:
         for i, tensor in enumerate(self.tensors[: self.checked]):
-            if tensor._version != self.versions[i]:
+            if version_of(tensor) != self.versions[i]:
                 return StateChangedError(
                     f"{self.name(i)} was modified in place between the forward and the backward pass "
-                    f"(version {self.versions[i]}, now {tensor._version}), so its gradient is lost: {_ADVICE}"
+                    f"(version {self.versions[i]}, now {version_of(tensor)}), so its gradient is lost: {_ADVICE}"
                 )
             if tensor.requires_grad != self.flags[i]:
                 return StateChangedError(

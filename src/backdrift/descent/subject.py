@@ -7,9 +7,12 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from ..errors import InputError, UnsupportedError
@@ -212,12 +215,21 @@ def describe_tensors(module: torch.nn.Module) -> str | None:
 
 
 def describe_value(value: Any) -> Any:
-    """A JSON value that tells apart what gives different results; tensors by their contents."""
+    """A JSON value that tells apart what gives different results; tensors, arrays and pictures by their contents."""
     if isinstance(value, Tensor):
         data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return f"tensor {list(value.shape)} {str(value.dtype)[6:]} {hashlib.sha256(data).hexdigest()[:16]}"
     if value is None or isinstance(value, str | bool | int | float):
         return value
+    if isinstance(value, numpy.generic):
+        return describe_value(value.item())
+    if isinstance(value, numpy.ndarray):
+        digest = hashlib.sha256(numpy.ascontiguousarray(value).tobytes()).hexdigest()
+        return f"array {list(value.shape)} {value.dtype} {digest[:16]}"
+    if isinstance(value, Image):
+        return f"picture {value.mode} {list(value.size)} {hashlib.sha256(value.tobytes()).hexdigest()[:16]}"
+    if isinstance(value, bytes | torch.dtype | torch.device | Path):
+        return str(value)
     if isinstance(value, Mapping):
         return {str(k): describe_value(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

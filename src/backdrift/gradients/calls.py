@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
 from .. import nests
 from ..ambient import Ambient
+from ..carried import Carried
 from ..conditioning import Branch
 from ..weights import Weights
 from .accumulate import Sums
@@ -40,6 +41,7 @@ class Calls:
         self.made: list[tuple[Tensor, float, Tensor]] = []
         self._opened = not torch.is_grad_enabled()
         self._ambients: dict[int, list[Ambient]] = {}
+        self._carried: dict[int, list[Carried | None]] = {}
         self._weights: dict[int, Weights] = {}
         self._last: Ambient | None = None
 
@@ -69,7 +71,7 @@ class Calls:
         """The forward pass begins an interval."""
         self.interval = interval
         self.made = []
-        self._ambients[interval] = []
+        self._ambients[interval], self._carried[interval] = [], []
         self._weights[interval] = self.context.snapshot()
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
@@ -79,6 +81,7 @@ class Calls:
             self.model.nfe += 1
             self.stats.calls_forward += 1
             self._ambients[self.interval].append(self._surroundings(x, branch))
+            self._carried[self.interval].append(self.context.carried())
             if self._opened:
                 outputs.append(self.model.run(x, t, branch))
             else:
@@ -95,7 +98,7 @@ class Calls:
         with torch.no_grad():
             for i, branch in enumerate(self.branches(interval)):
                 self.stats.calls_redone += 1
-                with self._ambients[interval][i].restored():
+                with self._as_it_was(interval, i):
                     outputs.append(self.model.run(x, t, branch))
         return self.model.combine(outputs)
 
@@ -118,14 +121,14 @@ class Calls:
         t = self.model.check_time(t)
         context, start = self.context, time.perf_counter()
         context.check_unchanged(self._weights[interval])
-        branches, ambients = self.branches(interval), self._ambients[interval]
+        branches = self.branches(interval)
         first = number * len(branches)
-        if first >= len(ambients):
+        if first >= len(self._ambients[interval]):
             first = 0
         traces, time_ = [], torch.tensor(t, dtype=torch.float64) if timed else t
         for i, branch in enumerate(branches):
             self.stats.calls_redone += 1
-            with ambients[first + i].restored(), torch.enable_grad():
+            with self._as_it_was(interval, first + i), torch.enable_grad():
                 floor = sequence_number()
                 traces.append(context.trace(x.detach().requires_grad_(), branch, time_))
             context.check_reach(traces[-1], floor)
@@ -139,6 +142,14 @@ class Calls:
             trace = self.context.trace(x.detach().requires_grad_(), branch, t)
         self.context.adopt(trace, floor)
         return trace.out.detach()
+
+    @contextmanager
+    def _as_it_was(self, interval: int, number: int) -> Iterator[None]:
+        """Inside the block, what a call sees is as it was for the interval's call of that number."""
+        carried = self._carried[interval][number]
+        buffers = nullcontext() if carried is None else carried.restored()
+        with buffers, self._ambients[interval][number].restored():
+            yield
 
     def _surroundings(self, x: Tensor, branch: Branch) -> Ambient:
         # Calls made in the same surroundings share one snapshot: it holds 5 kB of random state.

@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from .. import nests
+from ..carried import Carried
 from ..conditioning import Branch, moves
 from ..denoiser import Denoiser
 from ..errors import MissingGradientError, StateChangedError
 from ..scalars import Scalar
+from ..versions import version_of
 from ..weights import Weights
 from .reach import describe, modules_of, reach
 from .replay import Trace
@@ -27,7 +29,7 @@ class NetworkContext:
         self.model, self.conditions = model, model.conditions(cond, batch)
         conds = {id(t): t for branch in self.conditions.all() for t in nests.tensors(branch.cond)}
         self.conds = list(conds.values())
-        self.cond_versions = [t._version for t in self.conds]
+        self.cond_versions = [version_of(t) for t in self.conds]
         self.trained_conds = [t for t in self.conds if t.requires_grad]
         self.modules = modules_of(model.network)
         self.weights = Weights(self.modules)
@@ -46,6 +48,10 @@ class NetworkContext:
         if not self.weights.unchanged():
             self.weights = Weights(self.modules)
         return self.weights
+
+    def carried(self) -> Carried | None:
+        """What the network carries in its buffers now; to be asked right before a call."""
+        return self.snapshot().carried()
 
     def trace(self, x: Tensor, branch: Branch, t: Scalar) -> Trace:
         """The network call with a graph of its own: leaves in place of x, the conditioning, and a tensor ``t``."""
@@ -79,7 +85,7 @@ class NetworkContext:
         fresh = [leaf for leaf in found if id(leaf) not in known]
         self.leaves += fresh
         trace.leaves += fresh
-        self.loose = [(leaf, leaf._version) for leaf in fresh]
+        self.loose = [(leaf, version_of(leaf)) for leaf in fresh]
 
     def check_reach(self, trace: Trace, floor: int) -> None:
         """Raise if a redone call uses a tensor that requires grad and that the first call did not use."""
@@ -106,7 +112,7 @@ class NetworkContext:
                 )
         watched = [*zip(self.conds, self.cond_versions, strict=True), *self.loose]
         for i, (tensor, version) in enumerate(watched):
-            if tensor._version != version:
+            if version_of(tensor) != version:
                 name = f"cond tensor {i}" if i < len(self.conds) else describe(self.holders, tensor)
                 raise StateChangedError(
                     f"{name} of shape {tuple(tensor.shape)} was modified in place between the forward and the backward "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from .. import nests
 from ..ambient import Ambient
 from ..budget import available_bytes, format_size
+from ..carried import Carried
 from ..conditioning import Branch
 from ..denoiser import Denoiser
 from ..errors import BudgetError
@@ -61,9 +63,16 @@ class _NetworkCall:
     """One network call of a run, as it was made the first time."""
 
     def __init__(
-        self, context: NetworkContext, branch: Branch, t: float, ambient: Ambient, keep: bool
+        self,
+        context: NetworkContext,
+        branch: Branch,
+        t: float,
+        ambient: Ambient,
+        carried: Carried | None,
+        keep: bool,
     ) -> None:
         self.context, self.branch, self.t, self.ambient, self.keep = context, branch, t, ambient, keep
+        self.carried = carried
         self.weights = context.snapshot()
         self.kept: Trace | None = None
 
@@ -81,7 +90,8 @@ class _NetworkCall:
         self.context.check_unchanged(self.weights)
 
     def again(self, x: Tensor) -> Trace:
-        with self.ambient.restored(), torch.enable_grad():
+        buffers = nullcontext() if self.carried is None else self.carried.restored()
+        with buffers, self.ambient.restored(), torch.enable_grad():
             floor = sequence_number()
             trace = self.context.trace(x, self.branch, self.t)
         self.context.check_reach(trace, floor)
@@ -115,7 +125,7 @@ class _Run(Evaluator):
         if not torch.is_grad_enabled():
             return self.model.run(x, t, branch)
         index, self.made = self.made, self.made + 1
-        ambient = self._surroundings(x, branch)
+        ambient, carried = self._surroundings(x, branch), self.context.carried()
         chain, traced = (self.chain, None) if self.chain is not None else self._open(x, t, branch)
         if not x.requires_grad and self.token is None and not isinstance(t, Tensor):
             return self._without_graph(x, t, branch, traced)
@@ -125,6 +135,7 @@ class _Run(Evaluator):
             branch,
             t if time is None else time.detach(),
             ambient,
+            carried,
             index >= self.total - self.keep,
         )
         call.kept = traced

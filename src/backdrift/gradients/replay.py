@@ -212,7 +212,9 @@ def _differentiate(
         # A gradient that is a view (a linear layer's is a transpose) shares its storage with its base and would
         # not be added to in place; ``.data`` is the same memory without the base.
         found = torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
-        result: Sums = [g.data if g is not None and g._base is not None else g for g in found]
+        # Sums are dense, also where an embedding's gradient is sparse.
+        dense = [g.to_dense() if g is not None and g.is_sparse else g for g in found]
+        result: Sums = [g.data if g is not None and g._base is not None else g for g in dense]
     rest = result[len(own) :]
     return (result[0] if need_x else None), (result[len(own) - 1] if need_t else None), rest
 

@@ -271,6 +271,11 @@ class _Link(torch.autograd.Function):
                 f"{way.name} gives first derivatives only; this backward pass asked for more (create_graph=True): "
                 "use gradient=Plain()"
             )
+        if any(torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads if grad is not None):
+            raise UnsupportedError(
+                f"{way.name} takes one gradient at a time, not many at once (is_grads_batched, vectorize): ask for "
+                "them one by one, or use gradient=Exact() or Plain()"
+            )
         record = dict(zip(ctx.keys, ctx.saved_tensors, strict=True))
         task, found, on_times = way.task(), None, None
         try:

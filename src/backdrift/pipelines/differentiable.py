@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copyreg
 import threading
 import time
+import weakref
 from contextlib import nullcontext
 from contextvars import ContextVar, Token
 from functools import cache, partial, wraps
@@ -47,7 +49,8 @@ __all__ = ["DifferentiableRun", "differentiable"]
 _ACTIVE: ContextVar[MappingProxyType[int, DifferentiableRun]] = ContextVar("backdrift_runs")
 _LOCK = threading.Lock()
 _ENTERED: dict[int, int] = {}  # id of a pipeline -> blocks it is inside of, over all threads
-_CHECKED: set[Any] = set()  # calls whose inputs were all found in their graphs
+# Of each pipeline, the kinds of calls whose inputs were all found in their graphs.
+_CHECKED: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
 
 
 def differentiable(
@@ -368,17 +371,18 @@ class DifferentiableRun:
             return
         # The walk costs some milliseconds a step, so once per kind of call.
         schedule = type(getattr(self.pipe, "scheduler", None))
+        checked = _CHECKED.setdefault(self.pipe, set())
         key = (
-            type(self.pipe),
             schedule,
             frozenset(arguments),
             frozenset(inputs),
             numbers(arguments),
             (loop.through, loop.chosen),
         )
-        if key not in _CHECKED:
+        # A callback may be another one by the same name.
+        if key not in checked or any(callable(value) for value in arguments.values()):
             check_reached(result, inputs)
-            _CHECKED.add(key)
+            checked.add(key)
 
 
 @cache
@@ -390,8 +394,14 @@ def _switching(base: type) -> type:
         run = _ACTIVE.get(MappingProxyType({})).get(id(self))
         return base.__call__(self, *args, **kwargs) if run is None else run(*args, **kwargs)
 
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        # A copy, and what is unpickled, is no pipeline of the block: it has the class that can be found by its name.
+        _, _, *rest = base.__reduce_ex__(self, max(2, protocol))
+        return copyreg._reconstructor, (base, object, None), *rest  # type: ignore[attr-defined]
+
     body = {
         "__call__": __call__,
+        "__reduce_ex__": __reduce_ex__,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from ..accelerators import seeded
 from ..ambient import full_precision
+from ..carried import Carrier
 from ..errors import BackdriftError, InputError, UnsupportedError
 from .checkup import front
 from .checkup.arguments import accepted
@@ -23,7 +25,7 @@ from .checkup.small import find_small_call
 from .checkup.verdicts import split_refusal
 from .differentiable import DifferentiableRun
 from .refusals import plain_class
-from .shadow import Train, trained_parameters
+from .shadow import Train, networks, trained_parameters
 
 __all__ = ["Checkup", "Row", "doctor"]
 
@@ -78,7 +80,9 @@ def doctor(
         raise InputError(f"num_inference_steps={num_inference_steps} must be at least 1")
     tell = progress or (lambda words: None)
     rows = _Rows()
-    with seeded(seed), hushed():
+    parts = networks(pipe).values() if hasattr(pipe, "__dict__") else ()
+    carried = Carrier([layer for network in parts for layer in network.modules()]).now()
+    with seeded(seed), hushed(), nullcontext() if carried is None else carried.restored():
         _look(pipe, train, rows, tell)
         if not rows.refused:
             options = (height, width, num_inference_steps)

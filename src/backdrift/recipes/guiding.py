@@ -18,6 +18,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..budget import MemoryPlan
+from ..descent.code import code_settings
 from ..descent.subject import (
     check_prompts,
     describe_pipeline,
@@ -225,6 +226,7 @@ def compare(pipe: Any, prompt: str, task: Task, how: Guiding, sampling: Sampling
         "memory": sampling.memory,
         "loss": task.loss.spec,
         "loss_tensors": describe_tensors(task.loss),
+        **code_settings(task.loss),
         **task.settings,
         "pipeline": describe_pipeline(pipe),
     }

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..descent import Descent, Example, Options, Variable
+from ..descent.code import describe_function
 from ..descent.measure import Objective
 from ..descent.optimizers import OptimizerSpec, ScheduleSpec
 from ..descent.subject import (
@@ -224,6 +225,8 @@ def invert(
         "heldout": [describe_value([e.prompt, e.noise, e.target]) for e in groups[1]] or None,
         "pipeline": describe_pipeline(pipe),
     }
+    if loss is not None:
+        settings["loss_code"] = describe_function(loss)
     run = Run.open(
         "invert", settings, title=f"invert to {variable.placeholder}: {prompts[0]}", seed=seed, out=out, resume=resume,
         prompt=[e.prompt for e in groups[0]], device=getattr(pipe, "_execution_device", None),
