@@ -92,7 +92,7 @@ class Recorded:
         dim = longer[0] if longer else None
         where = Where(len(given) // len(z), dim, z.shape[dim] if dim is not None else 0)
         own = given if dim is None else given.narrow(dim, 0, where.length)
-        apart = max(float((part.to(z) - z).abs().max()) for part in own.chunk(where.copies))
+        apart = max(float((part.to(z) - z).abs().max()) for part in own.detach().chunk(where.copies))
         unit = torch.finfo(min(z.dtype, given.dtype, key=lambda d: d.itemsize)).eps
         if not apart <= 8 * unit * float(z.abs().max()):
             raise UnsupportedError(
