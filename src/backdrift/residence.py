@@ -6,8 +6,8 @@ whole network, a block of it, or one layer. A whole network's copies stay from c
 are there while that is called, one after the other.
 
 What autograd saves of a copy is kept as a *place* (which weight, which view of it) and not as a tensor, so a graph
-does not hold it: a backward pass loads it again. A copy is known as long as anything holds it, its member or an
-operation that is being differentiated, and is made once for all who ask meanwhile.
+does not hold it: a backward pass loads it again. A copy is counted as long as anything holds it, its member or an
+operation that is being differentiated, and is made once for all who ask while its member holds it.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Turns:
             return home  # left there by a call of the user's own; on a CPU all goes as on a card
         key = _key(home)
         known = self._copies.get(key)
-        found = None if known is None else known.tensor()
+        found = None if known is None else known.held()
         return self._load(key, home, member) if found is None else found
 
     def place_of(self, tensor: Tensor) -> Place | None:
@@ -175,7 +175,8 @@ class Turns:
             if turns is not None:
                 turns._forget(key, made)
 
-        made = _Copy(weakref.ref(member), home, weakref.ref(storage, gone), copy.stride(), storage.nbytes())
+        watch = weakref.ref(storage, gone)
+        made = _Copy(weakref.ref(member), home, weakref.ref(copy), watch, storage.nbytes())
         self._copies[key] = self._homes[storage._cdata] = made
         made.address = storage._cdata
         self.nbytes += made.nbytes
@@ -196,21 +197,15 @@ class Turns:
 
 @dataclass(eq=False)
 class _Copy:
-    """A copy, known without keeping it alive."""
+    """A copy, known without keeping it alive: its tensor as long as a member holds that, its storage as long as it is
+    there."""
 
     member: weakref.ref[Member]
     home: Tensor
+    held: weakref.ref[Tensor]
     storage: weakref.ref[torch.UntypedStorage]
-    stride: tuple[int, ...]
     nbytes: int
     address: int = 0
-
-    def tensor(self) -> Tensor | None:
-        storage = self.storage()
-        if storage is None:
-            return None
-        bare = torch.empty(0, dtype=self.home.dtype, device=storage.device)
-        return bare.set_(storage, 0, self.home.size(), self.stride)
 
 
 class Member:
