@@ -15,7 +15,11 @@ def main(out: str = "runs/black-and-white", steps: int = 50, num_inference_steps
     pipe = bd.load()
     # Your own pictures go in as (picture, the same with the effect, prompt).
     pairs = effect_pairs(
-        pipe, ["a yellow six on blue"], "in black and white", seeds=[0], num_inference_steps=num_inference_steps
+        pipe,
+        ["a yellow six on blue"],
+        "in black and white",
+        seeds=[0],
+        num_inference_steps=num_inference_steps,
     )
     run = bd.invert(pipe, pairs, steps=steps, num_inference_steps=num_inference_steps, out=out)
 

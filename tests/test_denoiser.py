@@ -61,7 +61,9 @@ def test_conditionings_that_share_no_batch_take_two_calls(uncond: Any) -> None:
 
 def test_rescaled_guidance_mixes_in_an_output_as_spread_as_the_conditional_one() -> None:
     made = [
-        Denoiser(Recorder(), VP.linear(), guidance_scale=3.0, uncond=UNCOND, guidance_rescale=phi)(X, 0.5, COND)
+        Denoiser(Recorder(), VP.linear(), guidance_scale=3.0, uncond=UNCOND, guidance_rescale=phi)(
+            X, 0.5, COND
+        )
         for phi in (0.0, 1.0, 0.7)
     ]
     conditional = Denoiser(Recorder(), VP.linear())(X, 0.5, COND)

@@ -21,7 +21,7 @@ from backdrift.errors import (
     StateChangedError,
     UnsupportedError,
 )
-from test_differentiable import assert_equal, call_arguments, loss_of, plain
+from pipeline_calls import assert_equal, call_arguments, loss_of, plain
 from tiny_pipelines import PICTURE, embeds_for, noise_for, tiny_flux, tiny_sd, tiny_sd_img2img, tiny_sdxl
 
 

@@ -92,7 +92,12 @@ class View:
 
 def to_host(tensor: Tensor) -> Tensor:
     """A copy in host memory, pinned where that makes the way shorter. It has arrived when this returns."""
-    place = {"size": tensor.size(), "stride": tensor.stride(), "dtype": tensor.dtype, "device": "cpu"}
+    place: dict[str, Any] = {
+        "size": tensor.size(),
+        "stride": tensor.stride(),
+        "dtype": tensor.dtype,
+        "device": "cpu",
+    }
     kept: Tensor | None = None
     if module_of(tensor.device) is not None and tensor.device.type != "mps":
         with suppress(RuntimeError):  # there is less memory that can be pinned than memory

@@ -396,7 +396,8 @@ def _switching(base: type) -> type:
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         # A copy, and what is unpickled, is no pipeline of the block: it has the class that can be found by its name.
-        _, _, *rest = base.__reduce_ex__(self, max(2, protocol))
+        reduce: Any = base.__reduce_ex__
+        _, _, *rest = reduce(self, max(2, protocol))
         return copyreg._reconstructor, (base, object, None), *rest  # type: ignore[attr-defined]
 
     body = {

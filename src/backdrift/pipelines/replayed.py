@@ -76,8 +76,7 @@ class StepNetwork(nn.Module):
         for call in self._controls:
             made = self._again(call, z, times, None)
             exchanged |= {
-                id(old): new
-                for old, new in zip(outputs_of(call.output), outputs_of(made), strict=True)
+                id(old): new for old, new in zip(outputs_of(call.output), outputs_of(made), strict=True)
             }
         return [
             part
