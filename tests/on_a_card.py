@@ -364,7 +364,7 @@ def guidance() -> None:
     def loss(images: Tensor) -> Tensor:
         return (images - 0.3).square().mean((1, 2, 3))
 
-    style = bd.SymplecticAdjointGuidance(loss, n=1, start=0.0, stop=1.0)
+    style = bd.SymplecticAdjointGuidance(loss, n=1, start=0.3, stop=1.0)
     out = pipe("a 2", num_inference_steps=3, callback_on_step_end=style, output_type="pt").images
     assert out.device == DEVICE
 

@@ -81,7 +81,8 @@ _PRECISIONS = (
     if hasattr(torch._C, "_get_fp32_precision_getter")
     else []
 )
-_SWITCHES = _switches() + _PRECISIONS
+# The older settings come last: writing one sets operations apart that followed what holds for all of them.
+_SWITCHES = _PRECISIONS + _switches()
 
 
 @contextmanager

@@ -74,6 +74,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import nests
 from .errors import InputError
 from .files import locked, write_atomically
 from .pictures import side_by_side, to_pil
@@ -306,7 +307,10 @@ class Run:
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write all that a restart needs, in one file so that it is never half of one iteration."""
-        content = {"state": state, "record": json.dumps(finite(self.record))}
+        at_home = nests.transform(
+            lambda x: x.detach().cpu(), state
+        )  # it may be read where there is no such device
+        content = {"state": at_home, "record": json.dumps(finite(self.record))}
         write_atomically(self.folder / "checkpoint.pt", lambda f: torch.save(content, f), durable=True)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
