@@ -87,7 +87,8 @@ def strengths(table: Table, path: Path) -> bool:
     for entry in searches:
         way, tried = Way(**entry["way"]), entry["tried"]
         once = way.rule == FREEDOM and not way.attempts
-        label = TITLES[way.rule] + (f", n = {way.n}" if way.rule == SAG else ", once" if once else "")
+        told = {SAG: f", n = {way.n}", FREEDOM: ", once" if once else ", equal seconds"}
+        label = TITLES[way.rule] + told.get(way.rule, "")
         style = {"color": COLOURS[way.rule], "linestyle": ":" if once else "-"}
         axis.plot(
             [c for _, _, c in tried], [v for _, v, _ in tried], "o", markersize=3.5, label=label, **style
@@ -96,7 +97,7 @@ def strengths(table: Table, path: Path) -> bool:
         axis.plot(
             *zip(*chosen, strict=True), "o", markersize=9, markerfacecolor="none", color=COLOURS[way.rule]
         )
-    axis.axvline(searches[0]["floor"], color="#999999", lw=1)
+    axis.axvline(searches[0]["floor"], color="#999999", lw=1, label="least CLIP score allowed")
     axis.set(
         xlabel="CLIP score (to the prompt), mean",
         ylabel="loss, mean",
