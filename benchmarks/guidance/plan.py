@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -163,6 +163,3 @@ def ablate(bench: Bench, units: Units, cases: int, kinds: Sequence[str] = ()) ->
         for case in spread(task.cases)[:cases]:
             for variation in found[kind]:
                 bench.cell(variation, case)
-
-
-Make = Callable[[Task], Bench]

@@ -93,7 +93,8 @@ def learned(pipe: Any, parts: Sequence[Tensor], output: Tensor) -> Combination:
     raise UnsupportedError(
         f"{type(pipe).__name__} makes the scheduler's input of its network's output by a rule that is neither the "
         "output itself nor classifier-free guidance, uncond + scale * (cond - uncond), nor that with guidance_rescale: "
-        "such steps cannot be guided. Switch the rule off (perturbed attention, adaptive projection, …)"
+        "such steps can be neither guided nor read by as_denoiser. Switch the rule off (perturbed attention, adaptive "
+        "projection, …)"
     )
 
 

@@ -81,13 +81,13 @@ class Recorded:
             shown = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
             raise UnsupportedError(
                 f"{self.name} was called with {shown} where the scheduler steps {tuple(z.shape)}: how the pipeline "
-                "makes the one of the other is not known, so its steps cannot be guided"
+                "makes the one of the other is not known, so its steps can be neither guided nor read by as_denoiser"
             )
         longer = [d for d in range(1, z.ndim) if given.shape[d] != z.shape[d]]
         if len(longer) > 1 or any(given.shape[d] < z.shape[d] for d in longer):
             raise UnsupportedError(
                 f"{self.name} was called with {tuple(given.shape)} where the scheduler steps {tuple(z.shape)}: they "
-                "differ in more than one dimension, so its steps cannot be guided"
+                "differ in more than one dimension, so its steps can be neither guided nor read by as_denoiser"
             )
         dim = longer[0] if longer else None
         where = Where(len(given) // len(z), dim, z.shape[dim] if dim is not None else 0)
@@ -97,7 +97,8 @@ class Recorded:
         if not apart <= 8 * unit * float(z.abs().max()):
             raise UnsupportedError(
                 f"{self.name}'s input is not scheduler.scale_model_input(latents) (they differ by {apart:.2g}): the "
-                "pipeline changes the latents on the way in a manner that is not known, so its steps cannot be guided"
+                "pipeline changes the latents on the way in a manner that is not known, so its steps can be neither "
+                "guided nor read by as_denoiser"
             )
         return where
 
@@ -111,7 +112,8 @@ class Recorded:
         time = _argument(self.names, self._time_name, self.args, self.kwargs)
         if isinstance(time, Tensor) and (time.ndim > 1 or len(set(time.reshape(-1).tolist())) > 1):
             raise UnsupportedError(
-                f"{self.name} is given a time for each part of the latents, which cannot be guided"
+                f"{self.name} is given a time for each part of the latents, which neither guidance nor as_denoiser "
+                "can read"
             )
         if not isinstance(time, Tensor | int | float):
             raise UnsupportedError(
@@ -178,7 +180,8 @@ class Recorded:
             if any(id(tensor) not in known for tensor in nests.tensors(value)):
                 raise UnsupportedError(
                     f"{self.name} is given {name}, which depends on the latents and was not returned as it is by a "
-                    "control network of the pipeline (guess_mode changes it): such steps cannot be guided"
+                    "control network of the pipeline (guess_mode changes it): such steps can be neither guided nor "
+                    "read by as_denoiser"
                 )
 
 
