@@ -17,7 +17,18 @@ pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
 
 from benchmarks.guidance import __main__ as command
-from benchmarks.guidance import estimates, guided_step, page, plan, plots, probe, search, tables, units
+from benchmarks.guidance import (
+    estimates,
+    guided_step,
+    page,
+    plan,
+    plots,
+    probe,
+    relative,
+    search,
+    tables,
+    units,
+)
 from benchmarks.guidance.bench import Bench, decoded
 from benchmarks.guidance.costs import Counts, Units, attempts_for, expected
 from benchmarks.guidance.doodl import CLIPPED, MOMENTUM, PERTURBATION, Doodl, P
@@ -25,6 +36,7 @@ from benchmarks.guidance.results import Results, results_file
 from benchmarks.guidance.setting import Case, Setting, clamped
 from benchmarks.guidance.tasks import TASKS, Task
 from benchmarks.guidance.ways import DOODL, FREEDOM, SAG, TFG, UNGUIDED, UNIVERSAL, Scales, Way
+from benchmarks.marked import marked
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 import backdrift as bd
@@ -359,12 +371,14 @@ def test_decoding_is_the_pipelines_own(setting: Setting) -> None:
 
 
 def test_the_page_holds_the_results_and_nothing_else() -> None:
-    text = page.PAGE.read_text()
-    assert page.written(text, page.blocks(command.FOLDER)) == text, (
+    assert page.filled(command.FOLDER) == page.PAGE.read_text(), (
         "run: python -m benchmarks.guidance page --write"
     )
 
 
-def test_a_page_without_markers_is_refused() -> None:
-    with pytest.raises(ValueError, match="<!-- style -->"):
-        page.written("no table here", {"style": ""})
+def test_the_table_of_relative_strengths_holds_the_results_and_nothing_else() -> None:
+    path = results_file(command.FOLDER, "relative", relative.SETTING.steps)
+    text = relative.table(json.loads(path.read_text())["cells"])
+    assert marked(relative.PAGE.read_text(), "relative") == text, (
+        "run: python -m benchmarks.guidance relative"
+    )

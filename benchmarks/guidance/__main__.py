@@ -5,6 +5,7 @@
     python -m benchmarks.guidance ablate              # n, sub-grid, guided range, repeats
     python -m benchmarks.guidance step                # time, memory and exactness of one guided step
     python -m benchmarks.guidance estimates           # how good the n-step estimate is; where the loss saturates
+    python -m benchmarks.guidance relative            # presets by relative strengths: docs/guidance-rules.md
     python -m benchmarks.guidance page --write        # docs/guidance-tables.md and the pictures, from the results
 
 Results go to ``benchmarks/results/guidance-*.json``; a stopped run goes on where it was.
@@ -20,9 +21,10 @@ from typing import Annotated
 import torch
 import typer
 
+from ..marked import rewritten
 from ..measure import MALLOC, machine
 from . import estimates as quality
-from . import guided_step, page, plan
+from . import guided_step, page, plan, relative
 from . import units as timing
 from .bench import Bench
 from .costs import Units
@@ -136,6 +138,15 @@ def estimates(folder: Folder = FOLDER) -> None:
                 lambda c=case, i=index: quality.along(STYLE, setting, c, i),
             )
             print(f"estimates: {case.reference}, step {index}", flush=True)
+
+
+@app.command("relative")
+def measure_relative(folder: Folder = FOLDER) -> None:
+    """Presets with relative strengths; writes the table of docs/guidance-rules.md."""
+    found = results(folder, "relative", relative.SETTING)
+    relative.measure(found)
+    text = relative.PAGE.read_text()
+    relative.PAGE.write_text(rewritten(text, {"relative": relative.table(found.data["cells"])}))
 
 
 @app.command("page")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+from ..marked import rewritten
 from . import plots
 from .plan import LEAST, ONCE, PUBLISHED
 from .tables import HIGHER, Data, Table, called, number, shown
@@ -273,18 +274,13 @@ def timed(data: Data) -> str:
     )
 
 
-def written(text: str, found: dict[str, str]) -> str:
-    """The page with its blocks replaced.
+def filled(folder: Path) -> str:
+    """The page with its blocks written anew.
 
     Raises:
         ValueError: a marker is missing.
     """
-    for name, block in found.items():
-        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
-        if text.count(start) != 1 or text.count(end) != 1:
-            raise ValueError(f"the page needs one line {start.strip()} and one line {end.strip()}")
-        text = text.split(start)[0] + start + block + "\n" + end + text.split(end)[1]
-    return text
+    return rewritten(PAGE.read_text(), {name: f"{block}\n" for name, block in blocks(folder).items()})
 
 
 def figures(folder: Path) -> list[list[str]]:
@@ -312,5 +308,5 @@ def figures(folder: Path) -> list[list[str]]:
 
 def write(folder: Path, pictures: Path) -> None:
     """Page and pictures."""
-    PAGE.write_text(written(PAGE.read_text(), blocks(folder)))
+    PAGE.write_text(filled(folder))
     plots.write(folder, IMAGES, pictures)
