@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedError
+from .quantised import check_quantised
 from .refusals import reached
 from .shadow import networks
 from .twins import is_no_grad, names
@@ -26,7 +27,7 @@ _HARMLESS = {"fuse_projections", "pos_embed", "get_processor", "set_processor"}
 
 
 def check_networks(pipe: Any) -> None:
-    """Refuse a pipeline with an attention processor that cuts the graph, or a ``forward`` that keeps state.
+    """Refuse a pipeline with an attention processor or layers that cut the graph, or a ``forward`` that keeps state.
 
     Raises:
         UnsupportedError: naming the layer, the class of what is in the way, and what to do.
@@ -43,6 +44,7 @@ def check_networks(pipe: Any) -> None:
                     f"it leaves there for the next call would be lost: take it off (del pipe.{where}.forward, or the "
                     "helper's disable()), or use diffusers' FirstBlockCacheConfig"
                 )
+    check_quantised(pipe)
 
 
 def patched(module: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:

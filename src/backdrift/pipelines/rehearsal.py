@@ -29,6 +29,7 @@ from .draws import Noise, drawing
 from .endings import Ending, ending_of
 from .homes import homes_of, way_of
 from .outputs import first_tensor
+from .quantised import stand_ins
 from .refusals import plain_class
 from .shadow import Train, networks, trained_parameters
 from .stand_in import alike, answer, meta_leaves, rows, stand_in_call, template, tiling, zeros_like
@@ -173,6 +174,7 @@ class _Stage:
         return clone
 
     def _on_stage(self, name: str, module: nn.Module) -> nn.Module:
+        stand_ins(module)
         role = role_of(name, to_meta(module))
         way = self.ways.get(name)
         stays = way is None and any(self.ways.values())

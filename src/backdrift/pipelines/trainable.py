@@ -8,9 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedError
-
-# What autograd can give a gradient to.
-_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+from .quantised import is_quantised
 
 
 def check_trainable(pipe: Any, trained: Mapping[str, torch.Tensor]) -> None:
@@ -29,7 +27,7 @@ def check_trainable(pipe: Any, trained: Mapping[str, torch.Tensor]) -> None:
                 f"{name} is on the meta device, and nothing says where its weights are: load them first, and add "
                 "adapters before pipe.enable_sequential_cpu_offload()"
             )
-        if type(weight.data) is not torch.Tensor or weight.dtype not in _FLOATS:
+        if is_quantised(weight):
             raise UnsupportedError(
                 f"{name} is quantised ({type(weight.data).__name__}, {weight.dtype}), and has no gradient: train "
                 "an adapter beside it (train='lora')"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -57,20 +57,44 @@ def weight_bytes(module: nn.Module) -> int:
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of tensors, each storage once."""
+    """Bytes of tensors, each storage once; of quantised weights, what they are made of, scales and tables too."""
     found: dict[Any, int] = {}
     for tensor in tensors:
-        try:
-            storage = tensor.untyped_storage()
+        for part in _parts(tensor):
+            storage = part.untyped_storage()
             found[storage._cdata] = storage.nbytes()
-        except (NotImplementedError, RuntimeError):  # quantised weights that are several tensors in one
-            found[id(tensor)] = tensor.nbytes
     return sum(found.values())
 
 
 def weights_of(module: nn.Module) -> list[torch.Tensor]:
     """Parameters and buffers."""
     return [*module.parameters(), *module.buffers()]
+
+
+def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The plain tensors that a weight consists of: a subclass's own, and those it has as attributes."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is not None:
+        for name in flatten()[0]:
+            yield from _parts(getattr(tensor, name))
+        return
+    if type(tensor) in (torch.Tensor, nn.Parameter):
+        yield tensor
+        return
+    try:
+        tensor.untyped_storage().nbytes()
+        yield tensor
+    except (NotImplementedError, RuntimeError):  # a wrapper, with nothing of its own
+        pass
+    yield from _attributes(tensor)
+
+
+def _attributes(value: Any, depth: int = 3) -> Iterator[torch.Tensor]:
+    for held in getattr(value, "__dict__", {}).values():
+        if isinstance(held, torch.Tensor):
+            yield held
+        elif depth and not isinstance(held, nn.Module | type):
+            yield from _attributes(held, depth - 1)
 
 
 def map_tensors(value: Any, change: Any) -> Any:

@@ -11,11 +11,11 @@ from torch import nn
 
 from ..forwards import patched
 from ..homes import MOVING
+from ..quantised import is_quantised
 from ..shadow import unwrapped
 from ..states import hooks_of
-from ..trainable import check_trainable
 from .rows import Row
-from .verdicts import modules, refusal
+from .verdicts import modules
 
 TOPIC = "networks"
 
@@ -119,7 +119,7 @@ def quantised(module: nn.Module) -> str:
     kinds = Counter(
         f"{type(p.data).__name__ if type(p.data) is not torch.Tensor else type(p).__name__}, {p.dtype}"
         for p in unwrapped(module).parameters()
-        if p.device.type != "meta" and refusal(check_trainable, None, {"weight": p}) is not None
+        if p.device.type != "meta" and is_quantised(p)
     )
     return ", ".join(f"{n} tensors ({kind})" for kind, n in kinds.items())
 
