@@ -29,6 +29,7 @@ def references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 BUILT_IN = [
     "preference",
+    "kind:plain seven (margin)",
     "style:ref.png",
     "style:ref.png (block 1)",
     "style:ref.png@built-in:classifier",

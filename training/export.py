@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTextModelWithProjection
 
+from backdrift.losses.kinds import KindNetwork
 from backdrift.losses.preference import PreferenceNetwork
 from backdrift.pipelines.assets import ASSETS
 from backdrift.pipelines.classifier import SceneClassifier
@@ -156,6 +157,13 @@ def export_preference() -> None:
     save_file({k: v.half().contiguous() for k, v in network.state_dict().items()}, path / "model.safetensors")
 
 
+def export_kinds() -> None:
+    """The classifier of kinds."""
+    network = _trained("kinds", KindNetwork())
+    path = _fresh("kinds")
+    save_file({k: v.half().contiguous() for k, v in network.state_dict().items()}, path / "model.safetensors")
+
+
 def export() -> None:
     """Export whatever has been trained."""
     for name, write in (
@@ -165,6 +173,7 @@ def export() -> None:
         ("flow", export_flow),
         ("digits", export_digits),
         ("preference", export_preference),
+        ("kinds", export_kinds),
     ):
         if (WORK / f"{name}-done.pt").exists():
             write()

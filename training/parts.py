@@ -76,6 +76,12 @@ def _preference() -> None:
     _keep("preference", train_preference())
 
 
+def _kinds() -> None:
+    from .kinds import train_kinds
+
+    _keep("kinds", train_kinds())
+
+
 def _restore() -> None:
     from .restore import restore
 
@@ -105,6 +111,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "flow": _flow,
     "digits": _digits,
     "preference": _preference,
+    "kinds": _kinds,
     "export": _export,
     "cards": _cards,
 }

@@ -9,6 +9,7 @@ from torch import nn
 
 import backdrift as bd
 from backdrift.losses import Preference
+from backdrift.losses.kinds import load_kinds
 from backdrift.pipelines.assets import folder, load_classifier, load_clip, load_digits_denoiser
 
 from .clip import VOCABULARY, save_vocabulary
@@ -49,6 +50,7 @@ def restore() -> None:
     assert isinstance(digits, nn.Module)
     _put("digits", digits)
     _put("preference", Preference().network)
+    _put("kinds", load_kinds().network)
     for name, network in (("vae", sd.vae), ("unet", sd.unet), ("flow", flow.transformer)):
         path = WORK / f"{name}-round0.pt"
         if not path.exists():

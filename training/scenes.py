@@ -226,9 +226,18 @@ def apply_effect(pictures: Tensor, effect: int) -> Tensor:
 
 
 @torch.autocast("cpu", enabled=False)
-def render(scenes: list[Scene], rng: np.random.Generator, *, held_out: bool = False) -> Tensor:
-    """Draw the scenes: (n, 3, 64, 64) in [0, 1]."""
-    masks = digit_masks(held_out)
+def render(
+    scenes: list[Scene],
+    rng: np.random.Generator,
+    *,
+    held_out: bool = False,
+    masks: list[Tensor] | None = None,
+) -> Tensor:
+    """Draw the scenes: (n, 3, 64, 64) in [0, 1].
+
+    ``masks``, instead of the digits': a scene's ``digits`` are the indices of their list.
+    """
+    masks = digit_masks(held_out) if masks is None else masks
     pictures = torch.stack([_background(s, rng, held_out) for s in scenes])
     for slot in (0, 1):
         rows = [i for i, s in enumerate(scenes) if len(s.digits) > slot]

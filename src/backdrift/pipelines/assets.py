@@ -24,7 +24,7 @@ PIPELINES = {"sd": "StableDiffusionPipeline, ε-prediction", "flow": "StableDiff
 
 
 def folder(name: str) -> Path:
-    """The folder of a shipped asset: "sd", "flow", "clip", "classifier", "digits" or "preference".
+    """The folder of a shipped asset: "sd", "flow", "clip", "classifier", "digits", "preference" or "kinds".
 
     Raises:
         InputError: if there is no such asset, or the installation lacks its files.
