@@ -12,6 +12,7 @@ from .guided_style import guide_style
 from .guiding import Guiding, Sampling
 from .invert import invert
 from .pairs import Pair, effect_pairs
+from .stylize import stylize
 
 __all__ = [
     "Embedding",
@@ -27,4 +28,5 @@ __all__ = [
     "invert",
     "load_embedding",
     "measure_effect",
+    "stylize",
 ]
