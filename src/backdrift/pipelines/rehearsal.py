@@ -201,7 +201,8 @@ class _Stage:
             self.count.paused = self.inside = True
             try:
                 converted = sum(t.nbytes for t, dtype in zip(weights, full, strict=True) if t.dtype != dtype)
-                key = (name, method, spec, torch.is_grad_enabled(), converted, *map(alike, leaves))
+                # A spec's text: specs of torch before 2.5 cannot be hashed.
+                key = (name, method, repr(spec), torch.is_grad_enabled(), converted, *map(alike, leaves))
                 if key not in self.kinds:
                     self.kinds[key] = self._measured(
                         name, module, fn, (leaves, spec), role, converted, residence
