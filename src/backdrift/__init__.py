@@ -73,6 +73,7 @@ _EXPORTS: dict[str, str] = {
     "optimize": "optimization",
     "Run": "run",
     "invert": "recipes.invert",
+    "audit": "recipes.audit",
     "stylize": "recipes.stylize",
     "verify": "verification.certificate",
     "Certificate": "verification.certificate",

@@ -57,7 +57,11 @@ The record (``record.json``, UTF-8, no NaN: an unknown number is ``null``)
 ``comparison``            of the same: {``scores``: [{``name``, ``lower``}], ``rows``: [{``name``, ``scores``, costs}],
                           ``note``}, the table to show
 ``one_step``              of the same: measured tries of one-step guidance for each of n-step guidance's
-``curves``                of the same: {``label``, ``across``, ``note``, ``lines``: [{``name``, ``style``, ``points``}]}
+``curves``                of the same: {``label``, ``across``, ``note``, ``lines``: [{``name``, ``style``, ``points``}]};
+                          ``title`` where it is not the loss along the steps
+``audit``                 of audits: {``filter``, ``samples``, ``searches``: [{``tau``, ``way``, ``tensors``,
+                          ``samples``}], ``rates``, ``hardening``}
+``tables``                further tables of the page: [{``title``, ``columns``, ``rows``, ``note``}]
 ========================  ============================================================================
 """
 
@@ -195,7 +199,8 @@ class Run:
         if not resume:
             raise InputError(f"{str(folder)!r} already holds a run and resume=False; give another folder.")
         if old.record["fingerprint"] != record["fingerprint"]:
-            if not old.finished and old.record["best"] is None and not old.record.get("variants"):
+            done = any(old.record.get(name) for name in ("best", "variants", "audit"))
+            if not old.finished and not done:
                 return None  # it failed before it had measured anything: there is nothing to lose
             raise InputError(
                 f"{str(folder)!r} holds a run with other settings ({difference(old.record, record)}). It was left "

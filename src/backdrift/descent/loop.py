@@ -186,6 +186,7 @@ class Descent:
         for name, parameter in self.variable.parameters.items():
             parameter.grad = gradients[name].to(parameter.dtype)
         self.optimizer.step()
+        self.variable.project()
         self.optimizer.zero_grad(set_to_none=True)
         if isinstance(self.schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
             self.schedule.step(scores.mean().item())

@@ -142,7 +142,10 @@ class Measure:
             call = {**options.call, **self.variable.call(self.pipe, examples, batch)}
             if isinstance(call.get("negative_prompt"), str):
                 call["negative_prompt"] = [call["negative_prompt"]] * len(batch)
-            call["generator"] = [generator(options.seed, "sampler", j) for j in batch]
+            draws = [
+                j if example.draw is None else example.draw for j, example in zip(batch, chosen, strict=True)
+            ]
+            call["generator"] = [generator(options.seed, "sampler", j) for j in draws]
             train = self.variable.train if gradient else None
             with differentiable(
                 self.pipe,

@@ -27,11 +27,13 @@ class Example:
         prompt: the prompt.
         noise: (1, …), standard normal, in the layout of the pipeline's ``latents=``.
         target: (3, H, W) in [0, 1], or ``None``.
+        draw: which draw of the sampler's own noise it has, if the sampler draws any; default its index.
     """
 
     prompt: str
     noise: Tensor
     target: Tensor | None = None
+    draw: int | None = None
 
 
 def picture_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:

@@ -59,6 +59,9 @@ class Variable:
         norm = total_norm(gradients)
         return {k: g * (limit / norm) for k, g in gradients.items()} if norm > limit else gradients
 
+    def project(self) -> None:
+        """Bring the parameters back to where they may be; called after each update."""
+
     def export(self, pipe: Any, run: Run) -> None:
         """Save what else the user can take away (called with the best values in :attr:`parameters`)."""
 

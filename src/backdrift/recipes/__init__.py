@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .ambigram import ambigram
+from .audit import ClassFilter, SafetyFilter, ScoreFilter, audit, stand_in
 from .effect import measure_effect
 from .embedding import Embedding, load_embedding
 from .guided_aesthetic import guide_aesthetic
@@ -15,11 +16,15 @@ from .pairs import Pair, effect_pairs
 from .stylize import stylize
 
 __all__ = [
+    "ClassFilter",
     "Embedding",
     "Guiding",
     "Pair",
+    "SafetyFilter",
     "Sampling",
+    "ScoreFilter",
     "ambigram",
+    "audit",
     "effect_pairs",
     "guide_aesthetic",
     "guide_class",
@@ -28,5 +33,6 @@ __all__ = [
     "invert",
     "load_embedding",
     "measure_effect",
+    "stand_in",
     "stylize",
 ]

@@ -90,6 +90,7 @@ def curves(record: Mapping[str, Any]) -> dict[str, Any]:
     ]
     label, across = found.get("label", "loss"), found.get("across", "step")
     return {
+        "title": found.get("title", "The loss along the steps"),
         "wide": draw(lines, width=760, height=300, label=label, across=across),
         "narrow": draw(lines, width=350, height=240, label=label, across=across),
         "legend": [(line.style, line.name) for line in lines],

@@ -46,6 +46,7 @@ def view(folder: Path, record: Mapping[str, Any], *, blur_flagged: bool = True) 
         "plots": plots(record),
         "trace": trace(record),
         "comparison": comparison(record),
+        "tables": [tabulated(table) for table in record.get("tables") or []],
         "curves": curves(record),
         "figures": [(k, figures.number(v)) for k, v in (record.get("figures") or {}).items()],
         "settings": sorted(settings(record.get("settings") or {})),
@@ -159,6 +160,12 @@ def table(iterations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "columns": [names.get(c, c) for c in columns],
         "rows": [[figures.number(e.get(c)) for c in columns] for e in iterations],
     }
+
+
+def tabulated(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A table that the record itself holds; numbers become text."""
+    rows = [[figures.number(cell) for cell in row] for row in given["rows"]]
+    return {"title": given["title"], "columns": given["columns"], "rows": rows, "note": given.get("note", "")}
 
 
 def settings(nested: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
