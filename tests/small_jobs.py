@@ -88,3 +88,17 @@ def measured(pipe: Any, call: dict[str, Any], score: Any = None, **how: Any) -> 
     with LiveBytes() as live:
         gradients(pipe, call, score, **how)
     return live.peak
+
+
+def heavy_flux() -> Any:
+    """Weights are most of what it needs; they are those of linear layers, which the CPU does not rearrange in scratch
+    memory as it does those of convolutions."""
+    from diffusers import FluxTransformer2DModel
+
+    pipe = tiny.tiny_flux()
+    more = {"num_layers": 2, "num_single_layers": 3, "attention_head_dim": 32, "num_attention_heads": 4}
+    config = dict(pipe.transformer.config) | more | {"axes_dims_rope": (8, 12, 12)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipe.transformer = FluxTransformer2DModel.from_config(config).eval()
+    return pipe

@@ -14,8 +14,8 @@ import torch
 import backdrift as bd
 from backdrift.errors import BudgetError, UnsupportedError
 from backdrift.planning.search import option
-from small_jobs import PIPELINES, call_of, gradients, measured
-from tiny_pipelines import tiny_flux, tiny_sd
+from small_jobs import PIPELINES, call_of, gradients, heavy_flux, measured
+from tiny_pipelines import tiny_sd
 
 BITWISE = [
     bd.Choices(keep=1),
@@ -148,20 +148,6 @@ def test_what_is_only_planned_for_is_refused_by_name() -> None:
     for changed in ({"weights": "offload"}, {"weights": "stream"}, {"loss": 1}):
         with pytest.raises(UnsupportedError, match=next(iter(changed))):
             bd.differentiable(tiny_sd(), memory=bd.Choices(keep=0, **changed))
-
-
-def heavy_flux() -> Any:
-    """Weights are most of what it needs; they are those of linear layers, which the CPU does not rearrange in scratch
-    memory as it does those of convolutions."""
-    from diffusers import FluxTransformer2DModel
-
-    pipe = tiny_flux()
-    more = {"num_layers": 2, "num_single_layers": 3, "attention_head_dim": 32, "num_attention_heads": 4}
-    config = dict(pipe.transformer.config) | more | {"axes_dims_rope": (8, 12, 12)}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        pipe.transformer = FluxTransformer2DModel.from_config(config).eval()
-    return pipe
 
 
 WAYS: dict[str, Callable[[Any], None]] = {

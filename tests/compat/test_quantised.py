@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import backdrift as bd
 from backdrift.errors import UnsupportedError
 from backdrift.planning.meta import storage_bytes
+from small_jobs import call_of, heavy_flux, measured
 from tiny_pipelines import tiny_flux, tiny_sd, tiny_sd3
 
 Quantise = Callable[[nn.Module], None]
@@ -55,6 +56,13 @@ class Tabled(nn.Linear):
 
     def product(self, x: Tensor) -> Tensor:
         return _Product.apply(x, self.weight)
+
+
+class Unpacked(Tabled):
+    """It unpacks its weight for PyTorch's own product, which keeps it."""
+
+    def product(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.weight.scale)
 
 
 class Rounding(Tabled):
@@ -114,12 +122,29 @@ def bitsandbytes(bits: int) -> Quantise:
     return quantise
 
 
+def gguf(network: nn.Module) -> None:
+    library = pytest.importorskip("gguf")
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+
+    kind = library.GGMLQuantizationType.Q8_0
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and child.in_features % 32 == 0:
+                size, bias = (child.in_features, child.out_features), child.bias
+                made = GGUFLinear(*size, bias is not None, compute_dtype=torch.float32)
+                data = library.quants.quantize(child.weight.detach().numpy(), kind)
+                made.weight, made.bias = GGUFParameter(torch.from_numpy(data), quant_type=kind), bias
+                setattr(parent, name, made)
+
+
 WAYS = {
     "a layer class": by_class(Tabled),
+    "a layer that unpacks": by_class(Unpacked),
     "torchao, int8": torchao,
     "torchao, float8": torchao_float8,
     "bitsandbytes, 8 bit": bitsandbytes(8),
     "bitsandbytes, 4 bit": bitsandbytes(4),
+    "gguf": gguf,
 }
 
 
@@ -131,8 +156,8 @@ def network_of(pipe: Any) -> nn.Module:
 
 
 @TRAP.handled(
-    "layer classes that compute with tables beside their weights (bitsandbytes), and torchao's own tensors, also under "
-    "a budget, which counts what they really take"
+    "layer classes that compute with tables beside their weights (bitsandbytes, GGUF), and torchao's own tensors, also "
+    "under a budget, which counts what they really take"
 )
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("make", [tiny_sd, tiny_flux])
@@ -152,11 +177,27 @@ def test_bits_and_budget(make: Callable[[], Any], way: str) -> None:
     name = "unet" if hasattr(pipe, "unet") else "transformer"
     linear = sum(m.weight.numel() for m in network_of(make()).modules() if type(m) is nn.Linear)
     saved = storage_bytes(network_of(make()).parameters()) - components[name]
+    if way == "gguf":  # of rows that 32 divides
+        linear = sum(
+            m.in_features * m.out_features
+            for m in network_of(pipe).modules()
+            if type(m).__name__ == "GGUFLinear"
+        )
     # Of four bytes a number one is left, or half a one, and the scales; layers this small have large tables, too.
     assert linear < saved < 3.5 * linear
-    if way == "a layer class":
+    if way.startswith("a layer"):
         layers = sum(isinstance(m, Tabled) for m in network_of(pipe).modules())
         assert saved == 3 * linear - 4 * layers
+
+
+@pytest.mark.parametrize("layer", [Tabled, Unpacked])
+@pytest.mark.parametrize("keep", [0, 2])
+def test_what_layers_unpack_is_counted(layer: type[Tabled], keep: int) -> None:
+    pipe = heavy_flux()
+    by_class(layer)(pipe.transformer)
+    call = call_of(pipe, 3)
+    plan = bd.plan(pipe, **call, choices=bd.Choices(keep=keep))
+    assert plan.peak - plan.job.weights == pytest.approx(measured(pipe, call, memory=plan), rel=0.1)
 
 
 @quiet

@@ -65,21 +65,51 @@ def stand_ins(network: nn.Module) -> None:
     """Put ordinary linear layers on the meta device in place of those that compute with their weight's own state.
 
     For a network that is only measured. A tensor subclass looks like a float weight there; a library's own layer class
-    would look for its tables. Saved for the backward pass is the same: of a frozen layer, nothing but the weight.
+    would look for its tables. Saved for the backward pass is the same: nothing but the weight; of layers
+    that unpack it for PyTorch's own product (GGUF's) hold the unpacked one with every call.
     """
+    kinds: dict[Any, type[nn.Linear]] = {}
     for _, layer in list(quantised_linears(network)):
-        if type(layer) is not nn.Linear:
-            size = layer.out_features, layer.in_features
-            weight = torch.empty(size, dtype=_dtype(layer, network), device="meta")
-            layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-            layer.__class__ = _Linear
-            layer.__dict__.pop("forward", None)
+        if type(layer) is nn.Linear:
+            continue
+        kind, dtype = _kind(layer), _dtype(layer, network)
+        if kind not in kinds:
+            kinds[kind] = _Unpacking if _unpacks(layer, dtype) else _Linear
+        weight = torch.empty((layer.out_features, layer.in_features), dtype=dtype, device="meta")
+        layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        layer.__class__ = kinds[kind]
+        layer.__dict__.pop("forward", None)
 
 
 class _Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        return nn.functional.linear(input, self.weight.to(input.dtype), bias)
+        return nn.functional.linear(input, self.unpacked(input.dtype), bias)
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype)
+
+
+class _Unpacking(_Linear):
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype, copy=True)
+
+
+def _unpacks(layer: nn.Linear, dtype: torch.dtype) -> bool:
+    """Whether a call saves a tensor as large as the weight that is not the weight."""
+    if layer.weight.device.type == "meta":
+        return False
+    own = layer.weight.untyped_storage()._cdata if layer.weight.layout == torch.strided else None
+    found: list[bool] = []
+
+    def look(tensor: Tensor) -> Tensor:
+        large = tensor.numel() == layer.in_features * layer.out_features
+        found.append(large and type(tensor) is Tensor and tensor.untyped_storage()._cdata != own)
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
+        _forward(layer, _rows(layer, dtype).requires_grad_())
+    return any(found)
 
 
 def _kind(layer: nn.Linear) -> Any:
@@ -100,17 +130,11 @@ def _error(layer: nn.Linear, dtype: torch.dtype) -> float:
 
     A linear layer's differences are exact for any step, so the step is as large as the input, along the gradient.
     """
-    device = layer.weight.device
-    count = 2 * layer.in_features
-    rows = torch.cos(torch.arange(count, dtype=torch.float32)).reshape(2, -1).to(device, dtype)
-
-    def output(x: Tensor) -> Tensor:
-        return type(layer).forward(layer, x)  # without the user's hooks
-
+    rows = _rows(layer, dtype)
     with torch.enable_grad():
         x = rows.clone().requires_grad_()
-        out = output(x)
-        onto = torch.sin(torch.arange(out.numel(), dtype=torch.float32)).reshape(out.shape).to(device)
+        out = _forward(layer, x)
+        onto = torch.sin(torch.arange(out.numel(), dtype=torch.float32)).reshape(out.shape).to(rows.device)
         if not out.requires_grad:
             return float("inf")
         (found,) = torch.autograd.grad((out.float() * onto).sum(), x, allow_unused=True)
@@ -119,7 +143,17 @@ def _error(layer: nn.Linear, dtype: torch.dtype) -> float:
     with torch.no_grad():
         gradient = found.float()
         step = gradient * (rows.float().norm() / gradient.norm())
-        ahead, behind = (output((rows.float() + sign * step).to(dtype)).float() for sign in (1, -1))
+        ahead, behind = (_forward(layer, (rows.float() + s * step).to(dtype)).float() for s in (1, -1))
         true = float(((ahead - behind) * onto).sum() / 2)
         claimed = float((gradient * step).sum())
     return abs(claimed - true) / abs(true) if true else float("inf")
+
+
+def _rows(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
+    """Two inputs of a layer. No random numbers are drawn."""
+    values = torch.cos(torch.arange(2 * layer.in_features, dtype=torch.float32))
+    return values.reshape(2, -1).to(layer.weight.device, dtype)
+
+
+def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
+    return type(layer).forward(layer, x)  # without the user's hooks
