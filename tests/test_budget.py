@@ -21,16 +21,21 @@ from backdrift.memory import MemoryPlan
         ("1_000", 1000),
         ("7b", 7),
         (12345, 12345),
+        (16e9, 16 * 10**9),
     ],
 )
 def test_sizes_are_read(text: str | int, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("bad", ["", "much", "6 GiBi", "-3MiB", "0", 0, -1, True, None, 2.5, "1e9", "MiB"])
+@pytest.mark.parametrize(
+    "bad", ["", "much", "6 GiBi", "-3MiB", "0", 0, -1, True, None, 2.5, float("inf"), "1e9", "MiB"]
+)
 def test_what_is_no_size_is_refused(bad: Any) -> None:
     with pytest.raises(BudgetError, match="allowed"):
         MemoryPlan.parse(bad)
+    with pytest.raises(BudgetError, match="allowed: a number of bytes"):
+        parse_size("min")  # a plan, and no size
     assert issubclass(BudgetError, BackdriftError)
     assert issubclass(BudgetError, ValueError)
 

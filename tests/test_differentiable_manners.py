@@ -12,6 +12,8 @@ import PIL.Image
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import backdrift as bd
 from backdrift.errors import (
@@ -160,6 +162,25 @@ def test_inference_mode_is_refused() -> None:
     pipe = tiny_sd()
     with pytest.raises(InputError, match="inference_mode"), torch.inference_mode():
         bd.differentiable(pipe, "min")(**call_arguments(pipe)[0])
+
+
+def test_transforms_of_torch_func_are_refused_and_forward_mode_is_right() -> None:
+    pipe = tiny_sd()
+    arguments = {k: v.detach() if torch.is_tensor(v) else v for k, v in call_arguments(pipe)[0].items()}
+    latents = arguments.pop("latents")
+
+    def value(x: torch.Tensor) -> torch.Tensor:
+        return loss_of(bd.differentiable(pipe, memory="min", clamp=True)(latents=x, **arguments).images)
+
+    for transformed in (torch.func.grad(value), torch.func.vmap(value)):
+        with pytest.raises(UnsupportedError, match=r"torch\.func"):
+            transformed(latents)
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        along = forward_ad.make_dual(latents, torch.ones_like(latents))
+        ours = forward_ad.unpack_dual(value(along)).tangent
+        theirs = forward_ad.unpack_dual(loss_of(plain(pipe, latents=along, **arguments))).tangent
+    assert theirs != 0
+    assert torch.equal(ours, theirs)
 
 
 def test_saving_inside_the_block_names_the_real_class(tmp_path: Any) -> None:

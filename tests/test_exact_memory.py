@@ -38,7 +38,7 @@ def test_a_budget_too_small_names_one_that_works() -> None:
     assert toy_run(Exact(smallest))[0].stats.calls_kept == 1
     with pytest.raises(BudgetError):
         toy_run(Exact(smallest - 1))
-    with pytest.raises(BudgetError, match="not a memory plan"):
+    with pytest.raises(BudgetError, match='allowed: "min"'):
         Exact("plenty")
 
 
@@ -61,8 +61,8 @@ def test_memory_is_one_steps_plus_the_latents_however_many_steps(weights: bool) 
     peaks = {n: peak_of_run(network, x, n, Exact("min")) for n in (4, 64)}
     for n, peak in peaks.items():
         assert peak <= 1.05 * step + (n + 4) * x.nbytes, (n, peak, step)
-    # Each further step adds its latent and a few scalars, nothing that scales with the network.
-    assert peaks[64] - peaks[4] <= 60 * (x.nbytes + 64)
+    # Each further step adds its latent, 64 entries of its output and a few scalars, nothing that scales with the network.
+    assert peaks[64] - peaks[4] <= 60 * (x.nbytes + 64 * 4 + 64)
     plain = {n: peak_of_run(network, x, n, Plain()) for n in (4, 16)}
     assert plain[16] - plain[4] > 12 * 5 * x.nbytes  # the yardstick does see activations
 

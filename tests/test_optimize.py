@@ -20,7 +20,13 @@ from backdrift import optimize
 from backdrift.descent.best import BestSoFar
 from backdrift.descent.measure import Measured
 from backdrift.descent.variables import gaussian_prior
-from backdrift.errors import BudgetError, InputError, MissingGradientError, NonFiniteError
+from backdrift.errors import (
+    BudgetError,
+    InputError,
+    MissingGradientError,
+    NonFiniteError,
+    UnsupportedError,
+)
 from backdrift.run import Run
 from linear_pipeline import linear_pipeline, picture_matrix, start
 from tiny_pipelines import noise_for, tiny_sd, tiny_sd3, tiny_sdxl
@@ -276,10 +282,87 @@ def test_a_new_lora_is_exported_for_diffusers_and_removed(tmp_path: Path) -> Non
 
 
 def test_a_lora_needs_a_lora(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="carries no LoRA"):
+    with pytest.raises(InputError, match="carries no active LoRA"):
         descend(tiny_sd(), tmp_path / "a", over="lora")
     with pytest.raises(InputError, match="rank=2"):
         descend(tiny_sd(), tmp_path / "a", over="noise", rank=2)
+
+
+def with_loras(active: list[str], weights: list[float]) -> Any:
+    """Two adapters, "ours" on fewer layers than a new one gets."""
+    from peft import LoraConfig
+
+    pipe = tiny_sd()
+    torch.manual_seed(5)
+    for name, layers in (("first", ["to_q", "to_v"]), ("ours", ["to_k"])):
+        config = LoraConfig(r=2, lora_alpha=2, target_modules=layers, init_lora_weights=False)
+        pipe.unet.add_adapter(config, adapter_name=name)
+    pipe.set_adapters(active, weights)
+    return pipe
+
+
+def adapters_of(pipe: Any) -> list[Any]:
+    """Everything about the UNet that an adapter can change."""
+    layers = [m for m in pipe.unet.modules() if hasattr(m, "merged_adapters")]
+    return [
+        [(k, p.requires_grad, p.tolist()) for k, p in pipe.unet.named_parameters()],
+        [(m.active_adapters, m.disable_adapters, m.scaling) for m in layers],
+        list(pipe.unet.peft_config),
+    ]
+
+
+def test_the_active_adapters_are_trained_and_each_is_exported(tmp_path: Path) -> None:
+    from backdrift import differentiable, noise
+
+    one = descend(with_loras(["ours"], [0.7]), tmp_path / "one", over="lora", lr=0.05)
+    assert one.best.tensors
+    assert all(".ours." in name for name in one.best.tensors)  # the other one is loaded, and not active
+    assert list(one.record["files"]) == ["lora"]
+    both = descend(with_loras(["first", "ours"], [0.3, 0.7]), tmp_path / "both", over="lora", lr=0.05)
+    assert {name.split(".")[-2] for name in both.best.tensors} == {"first", "ours"}
+    other = tiny_sd()
+    for name in ("first", "ours"):
+        other.load_lora_weights(str(both.folder / "lora" / name), adapter_name=name)
+    other.set_adapters(["first", "ours"], [0.3, 0.7])
+    with differentiable(other), torch.no_grad():
+        images = other("a 2", latents=noise(other), num_inference_steps=2).images
+    torch.testing.assert_close(images, both.best.images, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_a_new_lora_beside_others_leaves_them_active_and_goes_without_a_trace(
+    tmp_path: Path, disabled: bool
+) -> None:
+    from backdrift import differentiable, noise
+
+    pipe = with_loras(["first", "ours"], [0.3, 0.7])
+    if disabled:
+        pipe.disable_lora()
+    before = adapters_of(pipe)
+    with differentiable(pipe), torch.no_grad():
+        images = pipe("a 2", latents=noise(pipe), num_inference_steps=2).images
+    run = descend(pipe, tmp_path / "a", over="lora", rank=2, lr=0.05)
+    expected = descend(pipe, tmp_path / "noise", steps=0)  # the pipeline as it is
+    assert torch.equal(expected.best.images, images)
+    assert run.record["iterations"][0]["loss"] == expected.record["iterations"][0]["loss"]
+    assert run.best.loss < run.record["iterations"][0]["loss"]
+    assert all(".backdrift." in name for name in run.best.tensors)
+    assert any(".to_out.0." in name for name in run.best.tensors)
+    assert adapters_of(pipe) == before
+
+
+def test_adapters_that_cannot_be_trained_are_named(tmp_path: Path) -> None:
+    pipe = with_loras(["ours"], [0.7])
+    pipe.fuse_lora(adapter_names=["ours"])
+    for rank in (None, 2):
+        with pytest.raises(UnsupportedError, match=r"'ours' is fused.*unfuse_lora"):
+            descend(pipe, tmp_path / f"fused {rank}", over="lora", rank=rank)
+    pipe = with_loras(["ours"], [0.7])
+    pipe.disable_lora()
+    with pytest.raises(InputError, match="no active LoRA"):
+        descend(pipe, tmp_path / "off", over="lora")
+    with pytest.raises(InputError, match="alone, not in a list"):
+        descend(pipe, tmp_path / "list", over=["noise", "unet.conv_in.weight"])
 
 
 # -- the same bits after a kill -----------------------------------------------------------------------------
@@ -364,6 +447,24 @@ def test_a_finished_run_is_returned_without_work(tmp_path: Path, monkeypatch: py
         descend(other, tmp_path / "a", noise=noise)
 
 
+def test_another_set_up_of_the_same_weights_is_another_run(tmp_path: Path) -> None:
+    pipe = with_loras(["ours"], [0.7])
+    descend(pipe, tmp_path / "a", steps=0)
+    descend(pipe, tmp_path / "a", steps=0)
+    changes = [
+        lambda: pipe.set_adapters(["ours"], [0.6]),
+        lambda: pipe.disable_lora(),
+        lambda: pipe.enable_freeu(0.9, 0.2, 1.2, 1.4),
+        lambda: pipe.vae.enable_tiling(),
+        lambda: pipe.unet.train(),
+    ]
+    for number, change in enumerate(changes):
+        change()
+        with pytest.raises(InputError, match="pipeline"):
+            descend(pipe, tmp_path / "a", steps=0)
+        descend(pipe, tmp_path / f"changed {number}", steps=0)
+
+
 def test_another_target_is_another_run(tmp_path: Path) -> None:
     from backdrift.losses import MSE
 
@@ -395,7 +496,7 @@ def test_the_sampler_s_own_noise_is_the_same_in_every_iteration(tmp_path: Path) 
         (lambda x: distance(x.detach()), InputError, "does not depend on the pictures"),
         (lambda x: x.round().flatten(1).mean(1), InputError, "exactly zero"),
         (lambda x: distance(x).mean(), InputError, "one value per sample"),
-        (lambda x: distance(x) / 0, NonFiniteError, "Iteration 0.*loss is NaN or infinite"),
+        (lambda x: distance(x) / 0, NonFiniteError, "Iteration 0.*NaN or infinity in the loss"),
         (lambda x: (x - x.detach()).abs().sqrt().flatten(1).sum(1), NonFiniteError, "gradient of the loss"),
     ],
 )  # fmt: skip

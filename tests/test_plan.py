@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -298,6 +299,16 @@ def test_the_fastest_way_that_fits_is_found(budget: int) -> None:
     assert plan.peak <= budget
 
 
+@pytest.mark.parametrize("budget", [1700, 2300, 2600, 3300, 4000, 5300])
+def test_the_next_faster_way_is_just_that(budget: int) -> None:
+    job = made_job(n=5)
+    plan = make_plan(job, budget)
+    named = int(re.findall(r"The next faster way needs .*?(\d+) bytes", str(plan))[0])
+    assert named > budget
+    assert make_plan(job, named).chosen.needs.cost < plan.chosen.needs.cost
+    assert make_plan(job, named - 1).chosen.needs.cost == plan.chosen.needs.cost
+
+
 def test_the_smallest_budget_that_is_named_works_and_one_byte_less_does_not() -> None:
     job = made_job(n=5)
     with pytest.raises(BudgetError, match="smallest budget that works is") as error:
@@ -393,3 +404,5 @@ def test_the_command_names_the_smallest_budget() -> None:
 def test_wrong_arguments_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         bd.plan(tiny_sd(), 16, 16, 2, **wrong)
+    with pytest.raises(InputError, match="height=0"):
+        bd.plan("sd", 0, 64, 2)

@@ -89,6 +89,16 @@ def test_python_of_the_docs_runs(page: Path, short: None, monkeypatch: pytest.Mo
     run(page, {"bd": bd, "torch": torch, "pipe": pipe, "noise": noise, "loss": torch.mean})
 
 
+def test_no_table_that_a_command_writes_is_empty() -> None:
+    found = [
+        (page.name, name, inside)
+        for page in PAGES
+        for name, inside in re.findall(r"<!-- (\w+) -->\n(.*?)<!-- /\1 -->", page.read_text(), re.DOTALL)
+    ]
+    assert len(found) > 5
+    assert not [(page, name) for page, name, inside in found if not inside.strip()]
+
+
 def test_the_solvers_of_the_docs_are_the_known_ones() -> None:
     space = run(ROOT / "docs" / "adding-a-solver.md", {})
     network = GaussianNetwork(SCHEDULES["linear"], "epsilon")

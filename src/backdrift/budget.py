@@ -19,7 +19,8 @@ _UNITS = {"": 1} | {
     for end, base in (("B", 1000), ("IB", 1024), ("", 1024))
 }
 _UNITS["B"] = 1
-_ALLOWED = '"min", "max", "auto", a number of bytes, or a size such as "6GiB", "512MiB" or "1.5GB"'
+_SIZES = 'a number of bytes, or a size such as "6GiB", "512MiB" or "1.5GB"'
+_ALLOWED = f'"min", "max", "auto", {_SIZES}'
 
 
 @dataclass(frozen=True)
@@ -50,26 +51,31 @@ class MemoryPlan:
             return memory
         if memory in ("min", "max", "auto"):
             return cls(memory)  # type: ignore[arg-type]
-        return cls("bytes", parse_size(memory))
+        return cls("bytes", parse_size(memory, _ALLOWED))
 
 
-def parse_size(memory: object) -> int:
-    """Bytes of a size: an ``int``, or a string with a unit (KiB, MiB, GiB, TiB; KB, MB, GB, TB decimal).
+def parse_size(memory: object, allowed: str = _SIZES) -> int:
+    """Bytes of a size: a whole number, or a string with a unit (KiB, MiB, GiB, TiB; KB, MB, GB, TB decimal).
+
+    Args:
+        allowed: what the message says is allowed.
 
     Raises:
         BudgetError: not a size, or not positive.
     """
+    if isinstance(memory, float) and memory.is_integer():  # 16e9
+        memory = int(memory)
     if isinstance(memory, bool) or not isinstance(memory, int | str):
-        raise BudgetError(f"memory={memory!r} is not a memory plan; allowed: {_ALLOWED}")
+        raise BudgetError(f"memory={memory!r} cannot be read; allowed: {allowed}")
     if isinstance(memory, int):
         size = memory
     else:
         match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", memory)
         if match is None or match[2].upper() not in _UNITS:
-            raise BudgetError(f"memory={memory!r} is not a memory plan; allowed: {_ALLOWED}")
+            raise BudgetError(f"memory={memory!r} cannot be read; allowed: {allowed}")
         size = int(float(match[1].replace("_", "")) * _UNITS[match[2].upper()])
     if size <= 0:
-        raise BudgetError(f"memory={memory!r} is not positive; allowed: {_ALLOWED}")
+        raise BudgetError(f"memory={memory!r} is not positive; allowed: {allowed}")
     return size
 
 

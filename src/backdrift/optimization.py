@@ -112,6 +112,8 @@ def optimize(
     """
     from .losses import resolve
 
+    if not isinstance(prompt, str | Sequence):
+        raise InputError(f"prompt={prompt!r} must be a text, or a list of texts.")
     variable = variable_for(over, rank)
     objective = resolve(loss)
     judge = None if heldout is None else resolve(heldout)

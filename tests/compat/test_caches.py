@@ -111,8 +111,8 @@ def test_patched_forwards_are_refused() -> None:
     assert run.stats.calls_forward == 0
 
 
-@TRAP.handled("functions in place of a layer's `forward` that only call the layer")
-@pytest.mark.parametrize("kind", ["closure", "method"])
+@TRAP.handled("functions in place of a layer's `forward`, or another method, that only call the layer")
+@pytest.mark.parametrize("kind", ["closure", "method", "decode", "pipeline"])
 def test_stateless_patches_are_followed(kind: str) -> None:
     from types import MethodType
 
@@ -121,6 +121,17 @@ def test_stateless_patches_are_followed(kind: str) -> None:
     if kind == "closure":
         inner = block.forward
         block.forward = lambda *args, **kwargs: 0.5 * inner(*args, **kwargs)
+    elif kind == "decode":
+        decode = pipe.vae.decode
+        pipe.vae.decode = lambda z, *args, **kwargs: decode(0.5 * z, *args, **kwargs)
+    elif kind == "pipeline":
+        encode = type(pipe).prepare_latents
+        pipe.prepare_latents = MethodType(
+            lambda self, *args, **kwargs: (
+                encode(self, *args, **kwargs) + self.vae.post_quant_conv.bias.mean()
+            ),
+            pipe,
+        )
     else:
         plain = type(block).forward
         block.forward = MethodType(lambda self, *args, **kwargs: 0.5 * plain(self, *args, **kwargs), block)
@@ -129,7 +140,8 @@ def test_stateless_patches_are_followed(kind: str) -> None:
     expected = type(pipe).__call__.__wrapped__(pipe, output_type="pt", **given, **SIZE).images
     theirs = torch.autograd.grad(loss_of(expected), leaves, allow_unused=True)
     images = bd.differentiable(pipe, "min", train="unet", clamp=True)(**given, **SIZE).images
-    ours = torch.autograd.grad(loss_of(images), leaves, allow_unused=True)
-    for mine, true in zip(ours, theirs, strict=True):
-        assert (mine is None) == (true is None)
-        assert mine is None or torch.equal(mine, true)
+    loss_of(images).backward()
+    for leaf, true in zip(leaves, theirs, strict=True):
+        assert (leaf.grad is None) == (true is None)
+        assert true is None or torch.equal(leaf.grad, true)
+    assert all(weight.grad is None for weight in pipe.vae.parameters())  # nobody asked for these

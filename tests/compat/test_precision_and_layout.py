@@ -12,6 +12,7 @@ from traps import Trap
 
 import backdrift as bd
 from backdrift.errors import UnsupportedError
+from backdrift.pipelines.checkup.networks import compiled
 from tiny_pipelines import PICTURE, embeds_for, noise_for, tiny_sd
 
 TRAP = Trap(
@@ -54,10 +55,23 @@ def compile_blocks(pipe: Any) -> None:
         block.compile()
 
 
+def compile_methods(pipe: Any) -> None:
+    pipe.unet.forward = torch.compile(pipe.unet.forward)
+    pipe.vae.decode = torch.compile(pipe.vae.decode)
+
+
+def compile_parts(pipe: Any) -> None:
+    pipe.vae.decoder = torch.compile(pipe.vae.decoder)
+    pipe.unet.mid_block = torch.compile(pipe.unet.mid_block)
+
+
 @TRAP.handled(
-    "`torch.compile`, whole, in place or of single blocks: a run calls the networks uncompiled, whose gradient is right"
+    "`torch.compile`, whole, in place, of single blocks or of methods (`vae.decode = torch.compile(vae.decode)`): a "
+    "run calls the networks uncompiled, whose gradient is right"
 )
-@pytest.mark.parametrize("how", [compile_whole, compile_in_place, compile_blocks])
+@pytest.mark.parametrize(
+    "how", [compile_whole, compile_in_place, compile_blocks, compile_methods, compile_parts]
+)
 def test_compiled_networks_are_run_uncompiled(how: Any) -> None:
     pipe = tiny_sd()
     given = inputs(pipe)
@@ -72,8 +86,11 @@ def test_compiled_networks_are_run_uncompiled(how: Any) -> None:
     with bd.differentiable(pipe, "min", train="unet", clamp=True):
         ours = pipe(**given, **SIZE).images
     assert torch.equal(ours, images)
-    assert_bits(torch.autograd.grad(loss_of(ours), leaves, allow_unused=True), expected)
+    loss_of(ours).backward()
+    assert_bits([leaf.grad for leaf in leaves], expected)
     assert not counted["frames"]  # nothing was compiled
+    assert all(weight.grad is None for weight in pipe.vae.parameters())
+    assert compiled(pipe.unet)  # the doctor's row
 
 
 @TRAP.handled("channels-last weights")

@@ -212,7 +212,7 @@ def check_finite(**tensors: Tensor) -> None:
             where = (
                 f" (row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:5]))})" if bad.ndim else ""
             )
-            raise NonFiniteError(f"The {name} is NaN or infinite{where}.")
+            raise NonFiniteError(f"NaN or infinity in the {name}{where}.")
 
 
 def pull_on_pictures(values: Tensor, images: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -42,8 +43,8 @@ class Options:
                 raise InputError(f"{name}={value!r} must be a whole number, at least 1.")
         if not isinstance(self.steps, int) or self.steps < 0:
             raise InputError(f"steps={self.steps!r} must be a whole number, at least 0.")
-        if self.lr is not None and not self.lr > 0:
-            raise InputError(f"lr={self.lr!r} must be positive.")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise InputError(f"lr={self.lr!r} must be positive and finite.")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise InputError(f"clip_grad={self.clip_grad!r} must be positive, or None for no clipping.")
         object.__setattr__(self, "through", Through.parse(self.through))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import InputError, UnsupportedError
 from ..pipelines.homes import homes_of
+from .switches import switched_on
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def encode_prompt(pipe: Any, prompts: list[str], negative: str | None = None) ->
 
 
 def describe_pipeline(pipe: Any) -> dict[str, Any]:
-    """Class, scheduler, dtype and a fingerprint of the weights, as JSON."""
+    """Class, scheduler, dtype, what is switched on in the networks, and a fingerprint of the weights, as JSON."""
     digest = hashlib.sha256()
     for name, module in sorted(pipe.components.items()):
         if isinstance(module, torch.nn.Module):
@@ -203,6 +204,7 @@ def describe_pipeline(pipe: Any) -> dict[str, Any]:
         "scheduler": type(scheduler).__name__,
         "scheduler_config": json.loads(json.dumps(config, default=str)),
         "weights": digest.hexdigest()[:16],
+        **switched_on(pipe),
     }
 
 

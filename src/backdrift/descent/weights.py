@@ -12,7 +12,10 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..pipelines.homes import named_weights
+from ..pipelines.shadow import lora_names
 from ..run import Run
+from ..suggest import closest
+from .adapter import one_more_adapter
 from .subject import Example, denoiser
 from .variables import Noise, PromptEmbeds, Variable
 
@@ -51,9 +54,10 @@ class Weights(Variable):
 
 
 class Lora(Weights):
-    """LoRA weights: those on the pipeline, or with ``rank`` a new adapter on its network, removed on leaving.
+    """LoRA weights: those of the pipeline's active adapters, or with ``rank`` a new adapter on its network.
 
-    The trained adapter is exported in diffusers' own format, for ``pipe.load_lora_weights(folder)``.
+    A new adapter is trained beside the active ones and removed on leaving. What was trained is exported in diffusers'
+    own format, for ``pipe.load_lora_weights(folder)``; several adapters each into a folder of its own name.
     """
 
     name = "lora"
@@ -62,7 +66,7 @@ class Lora(Weights):
     targets = ("to_q", "to_k", "to_v", "to_out.0")
 
     def __init__(self, rank: int | None = None) -> None:
-        super().__init__(["*lora_*"])
+        super().__init__(["lora"])
         self.rank = rank
 
     @contextmanager
@@ -71,41 +75,31 @@ class Lora(Weights):
             with super().on(pipe, examples):
                 yield
             return
-        from peft import LoraConfig
-
         component, network = denoiser(pipe)
-        others = network.active_adapters() if getattr(network, "peft_config", None) else []
-        network.add_adapter(
-            LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=list(self.targets)),
-            adapter_name=self.adapter,
-        )
         self.patterns = [f"{component}.*lora_*.{self.adapter}.*"]
-        try:
-            with super().on(pipe, examples):
-                yield
-        finally:
-            if len(network.peft_config) == 1:
-                network.unload_lora()  # also takes the layers' wrappers off
-            else:
-                network.delete_adapters(self.adapter)
-                network.set_adapter(others)
+        more = one_more_adapter(component, network, self.adapter, self.rank, self.targets)
+        with more, super().on(pipe, examples):
+            yield
 
     def export(self, pipe: Any, run: Run) -> None:
         from peft import get_peft_model_state_dict
 
-        layers: dict[str, Any] = {}
-        for name, network in pipe.components.items():
-            if getattr(network, "peft_config", None) and any(
-                k.startswith(f"{name}.") for k in self.parameters
-            ):
-                adapter = self.adapter if self.rank is not None else next(iter(network.peft_config))
-                layers[f"{name}_lora_layers"] = get_peft_model_state_dict(network, adapter_name=adapter)
-                layers[f"{name}_lora_adapter_metadata"] = network.peft_config[adapter].to_dict()
-        pipe.save_lora_weights(str(run.folder / "lora"), **layers)
-        run.record["files"]["lora"] = {
-            "path": "lora/pytorch_lora_weights.safetensors",
-            "caption": "load with pipe.load_lora_weights(folder)",
-        }
+        networks = {k: m for k, m in pipe.components.items() if getattr(m, "peft_config", None)}
+        adapters = list(dict.fromkeys(name for m in networks.values() for name in m.peft_config))
+        trained = [a for a in adapters if any(f".{a}." in f"{name}." for name in self.parameters)]
+        for adapter in trained:
+            layers: dict[str, Any] = {}
+            for name, network in networks.items():
+                mine = [k for k in self.parameters if k.startswith(f"{name}.") and f".{adapter}." in f"{k}."]
+                if mine:
+                    layers[f"{name}_lora_layers"] = get_peft_model_state_dict(network, adapter_name=adapter)
+                    layers[f"{name}_lora_adapter_metadata"] = network.peft_config[adapter].to_dict()
+            folder, label = ("lora", "lora") if len(trained) == 1 else (f"lora/{adapter}", f"lora {adapter}")
+            pipe.save_lora_weights(str(run.folder / folder), **layers)
+            run.record["files"][label] = {
+                "path": f"{folder}/pytorch_lora_weights.safetensors",
+                "caption": "load with pipe.load_lora_weights(folder)",
+            }
 
     def settings(self) -> dict[str, Any]:
         return {"over": "lora", "rank": self.rank}
@@ -142,7 +136,10 @@ def select(pipe: Any, patterns: Sequence[str]) -> dict[str, Tensor]:
     components = {k: m for k, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
     weights = {c: {k: p for k, p, _ in named_weights(m)} for c, m in components.items()}
     for pattern in patterns:
-        if pattern in components:
+        if pattern == "lora":
+            named = {f"{c}.{k}": p for c, found_there in weights.items() for k, p in found_there.items()}
+            chosen = {name: named[name] for name in lora_names(components)}
+        elif pattern in components:
             chosen = {f"{pattern}.{k}": p for k, p in weights[pattern].items()}
         else:
             chosen = {
@@ -152,7 +149,11 @@ def select(pipe: Any, patterns: Sequence[str]) -> dict[str, Tensor]:
                 if fnmatch.fnmatchcase(f"{c}.{k}", pattern)
             }
         if not chosen:
-            hint = " The pipeline carries no LoRA: load one, or give rank=4." if "lora" in pattern else ""
+            hint = closest(pattern, ["noise", "prompt_embeds", *components])
+            if "lora" in pattern:
+                hint = " The pipeline carries no active LoRA: load one, or give rank=4."
+            if pattern in ("noise", "prompt_embeds"):
+                hint = f" {pattern!r} is optimised alone, not in a list."
             raise InputError(
                 f"over={pattern!r} matches no weight of the pipeline.{hint} Allowed: 'noise', 'prompt_embeds', 'lora', "
                 f"a component ({', '.join(sorted(components))}), or patterns such as 'unet.*attn2*'."

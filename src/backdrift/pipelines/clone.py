@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -51,6 +52,8 @@ def clone_of(
             own[name] = copied_scheduler(value)
             if noise is not None:
                 own[name].step = checking(own[name].step, noise)
+        elif isinstance(value, MethodType) and value.__self__ is pipe:
+            own[name] = MethodType(value.__func__, clone)  # the user's, which would run on the user's networks
     if is_modular(type(pipe)):
         own["_blocks"] = with_twin_blocks(pipe._blocks)
         own |= {name: copied_scheduler(value) for name, value in guiders(pipe).items()}

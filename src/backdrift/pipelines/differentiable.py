@@ -187,6 +187,11 @@ class DifferentiableRun:
         """One differentiable call: the pipeline's own arguments, the pipeline's own output with a tensor."""
         if torch.is_inference_mode_enabled():
             raise InputError("differentiable inside torch.inference_mode(): leave that, it forbids gradients")
+        if torch._C._are_functorch_transforms_active():
+            raise UnsupportedError(
+                "differentiable does not work inside torch.func transforms (grad, vjp, jacrev, vmap, …): use "
+                "torch.autograd, or forward-mode gradients by torch.autograd.forward_ad"
+            )
         check_components(self.pipe)
         check_steps(self.pipe)
         check_networks(self.pipe)

@@ -1,7 +1,8 @@
-"""Code that a user has put into a network: attention processors, and functions in place of a layer's ``forward``.
+"""Code that a user has put into a network: attention processors, and functions in place of a layer's methods.
 
 What cuts the graph, or keeps state that a run cannot follow, is found before a pipeline samples. Functions that only
-call layers are followed: a run's shadow network gets them once more, on its own layers.
+call layers are followed: a run's shadow network gets them once more, on its own layers. What ``torch.compile`` has
+put in place of a method (``vae.decode = torch.compile(vae.decode)``) or around a layer is run uncompiled.
 """
 
 from __future__ import annotations
@@ -35,37 +36,51 @@ def check_networks(pipe: Any) -> None:
     for key, module in networks(pipe).items():
         _check_processors(key, module)
         inside = {id(child) for child in module.modules()}
-        for name, _, function in patched(module):
+        for name, _, method, function in patched(module):
             stranger = next(_strangers(function, inside, set()), None)
             if stranger is not None:
                 where = ".".join(part for part in (key, name) if part)
                 raise UnsupportedError(
-                    f"{where} has a forward of its own that keeps a {type(stranger).__name__}, as DeepCache's do; what "
-                    f"it leaves there for the next call would be lost: take it off (del pipe.{where}.forward, or the "
-                    "helper's disable()), or use diffusers' FirstBlockCacheConfig"
+                    f"{where} has a {method} of its own that keeps a {type(stranger).__name__}, as DeepCache's do; "
+                    f"what it leaves there for the next call would be lost: take it off (del pipe.{where}.{method}, or "
+                    "the helper's disable()), or use diffusers' FirstBlockCacheConfig"
                 )
     check_quantised(pipe)
 
 
-def patched(module: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Name, layer and function where a function stands in place of a layer's ``forward``, hooks' left out."""
+def patched(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
+    """Name, layer, method and function where a function stands in place of a layer's method, hooks' left out.
+
+    Of a compiled function, the one that was compiled.
+    """
     for name, child in module.named_modules():
-        own = child.__dict__
-        if isinstance(own.get("forward"), FunctionType) and "_hf_hook" not in own:
-            yield name, child, own["forward"]
+        for method, value in child.__dict__.items():
+            if not isinstance(value, FunctionType) or not callable(getattr(type(child), method, None)):
+                continue
+            if "_hf_hook" in child.__dict__ if method == "forward" else hasattr(nn.Module, method):
+                continue  # a hook's; or what moves and saves modules, which accelerate puts warnings around
+            yield name, child, method, uncompiled(value)
+
+
+def uncompiled(function: Any) -> Any:
+    """What ``torch.compile`` was given to make ``function``; anything else as it is."""
+    while isinstance(function, FunctionType) and hasattr(function, "_torchdynamo_orig_callable"):
+        function = function._torchdynamo_orig_callable
+    return function
 
 
 def own_forwards(original: nn.Module, ours: nn.Module) -> None:
-    """Point the functions in place of a shadow's ``forward`` at the shadow's layers."""
+    """Point the functions in place of a shadow's methods at the shadow's layers."""
     functions = list(patched(original))
     if functions:
         memo = {id(theirs): mine for theirs, mine in zip(original.modules(), ours.modules(), strict=True)}
-        for _, child, function in functions:
-            memo[id(child)].forward = _rebound(function, memo)
+        for _, child, method, function in functions:
+            setattr(memo[id(child)], method, _rebound(function, memo))
 
 
 def _strangers(value: Any, inside: set[int], seen: set[int]) -> Iterator[Any]:
     """What a function closes over that is neither a plain value nor one of the network's layers."""
+    value = uncompiled(value)
     if value is None or isinstance(value, _PLAIN) or id(value) in inside or id(value) in seen:
         return
     seen.add(id(value))
@@ -82,6 +97,7 @@ def _strangers(value: Any, inside: set[int], seen: set[int]) -> Iterator[Any]:
 
 
 def _rebound(value: Any, memo: dict[int, Any]) -> Any:
+    value = uncompiled(value)
     if id(value) in memo:
         return memo[id(value)]
     if isinstance(value, MethodType):

@@ -108,7 +108,7 @@ def plan(
     through = Through.parse(through)
     if isinstance(pipe, str | PathLike):
         pipe, size = configured(Path(pipe) if isinstance(pipe, PathLike) else pipe, _dtype(dtype))
-        height, width = height or size, width or size
+        height, width = size if height is None else height, size if width is None else width
         if train == "lora":
             _add_lora(pipe, rank)
     elif dtype is not None:

@@ -77,7 +77,7 @@ def trained_parameters(pipe: Any, train: Train) -> dict[str, torch.Tensor]:
         if entry in parts:
             found = {name: p for name, p in named.items() if name.startswith(f"{entry}.")}
         elif entry == "lora":
-            found = {name: named[name] for name in _lora_names(parts)}
+            found = {name: named[name] for name in lora_names(parts)}
         else:
             found = {name: p for name, p in named.items() if fnmatch.fnmatchcase(name, entry)}
         if not found:
@@ -106,7 +106,12 @@ def _names_nothing(entry: str, parts: list[str], names: list[str]) -> str:
     )
 
 
-def _lora_names(parts: dict[str, nn.Module]) -> Iterator[str]:
+def lora_names(parts: dict[str, nn.Module]) -> Iterator[str]:
+    """The dotted names of the active adapters' weights, over all components.
+
+    Raises:
+        UnsupportedError: an adapter is fused into the weights.
+    """
     layer: Any
     for name, layer in adapter_layers(list(parts.items())):
         if layer.merged_adapters:

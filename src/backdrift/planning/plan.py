@@ -10,7 +10,7 @@ from ..budget import format_size
 from ..errors import BudgetError
 from .choices import Choices, candidates
 from .job import Job
-from .search import Option, fitting, frontier, option, smallest
+from .search import Option, fitting, frontier, next_faster, option, smallest
 
 __all__ = ["Plan", "make_plan"]
 
@@ -102,11 +102,9 @@ class Plan:
         if not self.choices.same_bits and self.choices.decode != "tiles":
             lines.append("A divided batch agrees with the undivided one to rounding.")
         lines.append(f"That needs {format_size(self.peak)}, at the {self.chosen.needs.tightest}.")
-        faster = [
-            o for o in self.options if o.needs.cost < self.chosen.needs.cost and o.needs.peak > self.peak
-        ]
-        if faster:
-            lines.append(f"The next faster way needs {format_size(min(o.needs.peak for o in faster))}.")
+        faster = next_faster(self.job, self.tactics, self.chosen)
+        if faster is not None:
+            lines.append(f"The next faster way needs {format_size(faster.needs.peak)}.")
         return (*lines, *self.job.notes)
 
     @property

@@ -9,7 +9,7 @@ from .choices import Choices
 from .job import Job
 from .timeline import Estimate, estimate
 
-__all__ = ["Option", "fitting", "frontier", "smallest"]
+__all__ = ["Option", "fitting", "frontier", "next_faster", "smallest"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,31 @@ def smallest(job: Job, tactics: Sequence[Choices]) -> Option:
     """The option that needs the least memory; among equals the fastest."""
     options = [option(job, replace(choices, keep=0)) for choices in tactics]
     return min(options, key=lambda o: (o.needs.peak, *o._rank))
+
+
+def next_faster(job: Job, tactics: Sequence[Choices], chosen: Option) -> Option | None:
+    """Of the options that are faster than ``chosen``, the one that needs least memory beyond its; None for the fastest.
+
+    Only of its own kind: no batch is divided that it leaves whole, no weights are brought layer by layer.
+    """
+    own = chosen.choices
+    found: list[Option] = []
+    for choices in tactics:
+        if (own.same_bits and not choices.same_bits) or (choices.weights == "stream" != own.weights):
+            continue
+        fastest = option(job, choices)
+        if fastest.needs.cost >= chosen.needs.cost:
+            continue
+        low, high = -1, job.graded_calls  # low is too slow; high is fast enough
+        while high - low > 1:
+            middle = (low + high) // 2
+            if option(job, replace(choices, keep=middle)).needs.cost < chosen.needs.cost:
+                high = middle
+            else:
+                low = middle
+        some = [] if high == job.graded_calls else [option(job, replace(choices, keep=high))]
+        found += [o for o in (fastest, *some) if o.needs.peak > chosen.needs.peak]
+    return min(found, key=lambda o: o.needs.peak, default=None)
 
 
 def frontier(job: Job, tactics: Sequence[Choices]) -> list[Option]:

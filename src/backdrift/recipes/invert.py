@@ -227,8 +227,10 @@ def invert(
     }
     if loss is not None:
         settings["loss_code"] = describe_function(loss)
+    many = f"{len(groups[0])} pairs" if len(groups[0]) > 1 else "a pair"
+    title = f"invert {many} into {variable.placeholder!r}: {prompts[0]}"
     run = Run.open(
-        "invert", settings, title=f"invert to {variable.placeholder}: {prompts[0]}", seed=seed, out=out, resume=resume,
+        "invert", settings, title=title, seed=seed, out=out, resume=resume,
         prompt=[e.prompt for e in groups[0]], device=getattr(pipe, "_execution_device", None),
     )  # fmt: skip
     figures = {"vectors": len(variable.start), **encoder.figures()}

@@ -117,7 +117,9 @@ def trace(record: Mapping[str, Any]) -> dict[str, Any]:
     eps = [(float(i), float(norm)) for i, norm in enumerate(found.get("eps") or ()) if norm is not None]
     curves = [Curve("at the latents that enter a step", points)]
     curves += [Curve("at the network's output", eps, "second")] if eps else []
-    notes = [f"iteration {found.get('iteration')}, through {found.get('through')}"] if found else []
+    notes = [f"in iteration {found.get('iteration')}"] if found else []
+    if found and found.get("through") not in (None, "all"):
+        notes.append(f"through {found['through']}")
     notes += (
         ["it explodes: over 1000 times its size at the finished latents"] if found.get("exploding") else []
     )

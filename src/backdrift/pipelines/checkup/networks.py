@@ -98,13 +98,15 @@ def caches(module: nn.Module) -> str:
 
 
 def own_forwards(module: nn.Module) -> str:
-    """Layers with a function in place of their ``forward``."""
-    return ", ".join(name or "the network itself" for name, _, _ in patched(unwrapped(module)))
+    """Layers with a function in place of one of their methods, and which; compiled ones are not told here."""
+    found = [x for x in patched(unwrapped(module)) if x[1].__dict__[x[2]] is x[3]]
+    return ", ".join(f"{method} of {name or 'the network itself'}" for name, _, method, _ in found)
 
 
 def compiled(module: nn.Module) -> bool:
     """Whether the network, or layers of it, are called through ``torch.compile``."""
-    return any(
+    methods = any(child.__dict__[method] is not fn for _, child, method, fn in patched(module))
+    return methods or any(
         hasattr(m, "_orig_mod") or m.__dict__.get("_compiled_call_impl") is not None for m in module.modules()
     )
 

@@ -53,7 +53,7 @@ def _parts(pipe: Any, refused: set[str]) -> Iterator[tuple[str, Iterator[Row]]]:
     )  # fmt: skip
     yield "functions in place of a forward", _handled(
         bare, look.own_forwards, "own forward",
-        "a function stands in place of forward in {}; it only calls layers, and is followed", unless=refused,
+        "a function stands in place of {}; it only calls layers, and is followed", unless=refused,
     )  # fmt: skip
     uncompiled = "a run calls the network itself, uncompiled"
     yield "torch.compile", _handled(every, look.compiled, "torch.compile", uncompiled)
