@@ -53,7 +53,8 @@ def clone_of(
             if noise is not None:
                 own[name].step = checking(own[name].step, noise)
         elif isinstance(value, MethodType) and value.__self__ is pipe:
-            own[name] = MethodType(value.__func__, clone)  # the user's, which would run on the user's networks
+            # The user's own, which would run on the user's networks.
+            own[name] = MethodType(value.__func__, clone)
     if is_modular(type(pipe)):
         own["_blocks"] = with_twin_blocks(pipe._blocks)
         own |= {name: copied_scheduler(value) for name, value in guiders(pipe).items()}
