@@ -71,7 +71,7 @@ def clip_layers(images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         images, size=(64, 64), mode="bicubic", antialias=True, align_corners=False
     )
     states = encoder.network(pixel_values=(pixels - 0.5) / 0.5, output_hidden_states=True).hidden_states
-    return [states[3][:, 1:]], [states[2][:, 1:]]
+    return [states[i][:, 1:] for i in (1, 2, 3)], [states[3][:, 1:]]
 
 
 def classifier_layers(images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -160,7 +160,7 @@ def test_an_update_follows_plain_autograd_through_the_stock_call(tmp_path: Path,
     other.unet.requires_grad_(True)
     images = call(other, ["a 2", "b 7"], **kwargs).images
     # At the start the content's gradient is zero, and the style's alone is left.
-    by_hand(images, originals, REFERENCE, _blocks_3_and_2, (1.0, 0.5)).mean().backward()
+    by_hand(images, originals, REFERENCE, _default_layers, (1.0, 0.5)).mean().backward()
     assert run.best.iteration == 1  # the update lowered the loss, so its weights were kept
     moved = run.best.tensors
     for name, value in moved.items():
@@ -174,7 +174,7 @@ def test_an_update_follows_plain_autograd_through_the_stock_call(tmp_path: Path,
     assert any(float(values[n.removeprefix("unet.")].grad.abs().max()) > 1e-6 for n in moved)
 
 
-def _blocks_3_and_2(images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def _default_layers(images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     features = Features(CLASSIFIER)
     return features(images)
 
@@ -256,14 +256,19 @@ def test_a_lora_is_loaded_by_diffusers_and_makes_the_same_pictures(tmp_path: Pat
 def test_what_the_page_shows(tmp_path: Path) -> None:
     pipe = tiny_sd()
     run = small(pipe, tmp_path / "a", unseen_prompts=["c 5", "d 8", "e"], **WELL)
-    assert list(run.record["pictures"]) == ["reference", "seen", "unseen noises", "unseen prompts"]
+    assert list(run.record["pictures"]) == [
+        "reference",
+        "seen noises and prompts",
+        "unseen noises",
+        "unseen prompts",
+    ]
     assert sorted(p.name for p in (run.folder / "pictures").iterdir()) == [
-        "reference.png", "seen.png", "unseen-noises.png", "unseen-prompts.png"
+        "reference.png", "seen-noises-and-prompts.png", "unseen-noises.png", "unseen-prompts.png"
     ]  # fmt: skip
     page = Page((run.folder / "report.html").read_text())
     assert len(page.images) == 4
     assert "the style to take: a tensor" in page.text
-    assert "not trained on: unseen prompts (c 5; d 8)" in page.text
+    assert "unseen prompts; above before, below after: c 5; d 8" in page.text
     shown, figures = run.tensors("pictures"), run.record["figures"]
     loss = StyleAndContent(REFERENCE, Features(CLASSIFIER))
     for group in ("unseen noises", "unseen prompts"):

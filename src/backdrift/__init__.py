@@ -73,6 +73,7 @@ _EXPORTS: dict[str, str] = {
     "optimize": "optimization",
     "Run": "run",
     "invert": "recipes.invert",
+    "stylize": "recipes.stylize",
     "audit": "recipes.audit",
     "stylize": "recipes.stylize",
     "verify": "verification.certificate",

@@ -13,7 +13,7 @@ from .fields import BUILT_IN, Descending, Strings
 from .finish import finish
 from .pipeline import open_pipeline
 
-BUILT_IN_LR, BUILT_IN_LORA_LR = 3e-3, 5e-3
+BUILT_IN_LR, BUILT_IN_LORA_LR = 2e-3, 5e-3
 
 
 class StylizeSettings(Descending):
@@ -32,7 +32,7 @@ class StylizeSettings(Descending):
     )
     noises: int = Field(10, ge=1, description="Pictures of each prompt that are trained on.")
     style_weight: float = Field(1.0, gt=0, description="Weight of the style.")
-    content_weight: float = Field(1.0, ge=0, description="Weight of the content: more keeps more.")
+    content_weight: float = Field(0.3, ge=0, description="Weight of the content: more keeps more.")
     network: str = Field(
         "built-in:clip",
         description="Whose features tell style and content: built-in:clip, built-in:classifier, vgg19 or vgg19:FILE, "
@@ -42,12 +42,12 @@ class StylizeSettings(Descending):
     style_layers: Strings | None = Field(
         None,
         description="Layers for the style: numbers of blocks, or VGG-19's names.",
-        json_schema_extra={"default": "block 3; relu1_1 to relu5_1"},
+        json_schema_extra={"default": "blocks 1 to 3; relu1_1 to relu5_1"},
     )
     content_layers: Strings | None = Field(
         None,
         description="Layers for the content.",
-        json_schema_extra={"default": "the middle block; relu4_2"},
+        json_schema_extra={"default": "a late block; relu4_2"},
     )
     over: Strings = Field(
         ["cross-attention"],
@@ -69,7 +69,7 @@ class StylizeSettings(Descending):
         description="Updates, in place of the epochs.",
         json_schema_extra={"default": "by --epochs"},
     )
-    minibatch: int = Field(10, ge=1, description="Pictures per update.")  # type: ignore[assignment]
+    minibatch: int = Field(10, ge=1, description="Pictures per update.")
     lr: float | None = Field(
         None,
         gt=0,

@@ -33,6 +33,7 @@ __all__ = [
     "invert",
     "load_embedding",
     "measure_effect",
+    "stylize",
     "stand_in",
     "stylize",
 ]

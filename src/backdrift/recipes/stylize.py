@@ -46,7 +46,7 @@ def stylize(
     *,
     noises: int = 10,
     style_weight: float = 1.0,
-    content_weight: float = 1.0,
+    content_weight: float = 0.3,
     network: Network = BUILT_IN,
     style_layers: Layers = None,
     content_layers: Layers = None,

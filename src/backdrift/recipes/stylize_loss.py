@@ -25,7 +25,7 @@ from ..descent import Example
 from ..errors import InputError
 from ..losses import FeatureMaps, ImageEncoder
 from ..losses.feature_maps import as_features
-from ..losses.style import BLOCK, gram
+from ..losses.style import gram
 from ..losses.vgg import VGG19
 
 BUILT_IN, VGG = "built-in:clip", "vgg19"
@@ -43,7 +43,7 @@ class Features(nn.Module):
         network: ``"built-in:clip"``, ``"built-in:classifier"``; ``"vgg19"`` for the published weights of VGG-19
             or ``"vgg19:<file>"`` for others, torchvision's module; or a CLIP: its module, folder or hub id.
         style, content: names of VGG-19's layers, or numbers of blocks, counted from one. By default those of Gatys et
-            al. for VGG-19, else block 3 for the style and the middle one for the content.
+            al. for VGG-19, else blocks 1 to 3 for the style and the one at three quarters of the depth for the content.
 
     Attributes:
         style, content: the layers.
@@ -64,15 +64,15 @@ class Features(nn.Module):
             self.vgg = VGG19(source, [*dict.fromkeys(self.style + self.content)])
         else:
             whole = as_features(network)
-            self.style = _texts(style, (min(BLOCK, whole.blocks),))
-            self.content = _texts(content, ((whole.blocks + 1) // 2,))
+            deep = -(-3 * whole.blocks // 4)
+            self.style = _texts(style, range(1, min(deep, 3) + 1))
+            self.content = _texts(content, (deep,))
             for block in dict.fromkeys(self.style + self.content):
                 if not block.isdigit():
                     raise InputError(
                         f"Layers of this network are numbers of blocks, 1 to {whole.blocks}, got {block!r}."
                     )
                 self.blocks[block] = whole.up_to(int(block))
-        self.requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The features (N, positions, channels) of the style and of the content layers, of pictures (N, 3, H, W)."""

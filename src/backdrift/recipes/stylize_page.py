@@ -18,7 +18,7 @@ from .stylize_originals import FILE
 from .stylize_weights import applied
 
 REFERENCE = "reference"
-SEEN = "seen"
+SEEN = "seen noises and prompts"
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,13 @@ def _draw(
         (run.folder / entry["path"]).unlink(missing_ok=True)
     run.record["pictures"] = {}
     run.save_picture(REFERENCE, centre(reference), f"the style to take: {name}")
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for group, (before, after) in pictures.items():
         rows = (before[chosen], after[chosen].to(before)) if group == SEEN else (before, after)
-        what = "prompts and noises trained on" if group == SEEN else f"not trained on: {group}"
-        if group in groups:
-            prompts = dict.fromkeys(e.prompt for e in groups[group].examples)
-            what += f" ({'; '.join(prompts)})"
-        run.save_picture(group, above(*rows), f"{what}; above before, below after", flagged=flags[group])
+        what = f"{group}; above before, below after"
+        if group in groups and not {e.prompt for e in groups[group].examples} & set(run.record["prompt"]):
+            what += ": " + "; ".join(dict.fromkeys(e.prompt for e in groups[group].examples))
+        run.save_picture(group, above(*rows), what, flagged=flags[group])
         tensors |= {f"{group}: before": rows[0], f"{group}: after": rows[1]}
     run.save_tensors("pictures", tensors)
 
