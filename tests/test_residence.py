@@ -141,6 +141,39 @@ def test_a_layer_comes_when_the_one_before_has_gone() -> None:
     assert turns.moved == 2 * layer + 2 * WIDTH * 8 + 2 * WIDTH**2 * 8 + 2 * WIDTH * 8
 
 
+def test_hooks_around_see_what_is_no_weight() -> None:
+    """Those of a run that counts or drops what its calls save; of nested ones PyTorch asks the innermost alone."""
+    network = made("chain", False)
+    turns = Doubled(torch.device("cpu"))
+    call = Residence(network, "network", turns, layers(network)).around(network.forward)
+    x = torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)
+    packed: list[Tensor] = []
+    given: list[Tensor] = []
+    asked: list[int] = []
+
+    def pack(tensor: Tensor) -> int:
+        packed.append(tensor.detach())
+        return len(packed) - 1
+
+    def unpack(number: int) -> Tensor:
+        given.append(packed[number])
+        return packed[number]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack), turns.saving(lambda: asked.append(1)):
+        out = call(x)
+    twice = copy.deepcopy(network)
+    with torch.no_grad():
+        for parameter in twice.parameters():
+            parameter.mul_(2)
+    (found,) = torch.autograd.grad(out.sum(), x)
+    (true,) = torch.autograd.grad(twice(x).sum(), x)
+    assert torch.equal(found, true)
+    assert given
+    shapes = {tuple(p.shape) for p in network.parameters()}
+    assert all(tuple(tensor.shape) not in shapes for tensor in packed)
+    assert len(asked) >= 3  # the two layers' weights, and the norm's
+
+
 def test_a_module_inside_can_be_called_alone() -> None:
     """As a backward pass does that redoes it: what is otherwise there for a module around it is there."""
     network = made("tied", False)

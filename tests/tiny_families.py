@@ -13,6 +13,7 @@ from torch import nn
 
 from tiny_pipelines import (
     LATENT,
+    TOKENS,
     WIDTH,
     tiny_ddim,
     tiny_sdxl,
@@ -198,6 +199,51 @@ def tiny_wan() -> Any:
     )
     return finished(
         WanPipeline(tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler)
+    )
+
+
+def tiny_cogvideox() -> Any:
+    """A CogVideoXPipeline without its T5: text and video as the tokens of one transformer."""
+    from diffusers import (
+        AutoencoderKLCogVideoX,
+        CogVideoXDDIMScheduler,
+        CogVideoXPipeline,
+        CogVideoXTransformer3DModel,
+    )
+
+    torch.manual_seed(0)
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=2,
+        text_embed_dim=WIDTH,
+        num_layers=1,
+        sample_width=LATENT,
+        sample_height=LATENT,
+        sample_frames=5,
+        patch_size=2,
+        temporal_compression_ratio=4,
+        max_text_seq_length=TOKENS,
+        use_rotary_positional_embeddings=True,
+    )
+    vae = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 2,
+        up_block_types=("CogVideoXUpBlock3D",) * 2,
+        block_out_channels=(8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+    )
+    scheduler = CogVideoXDDIMScheduler(
+        prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False, snr_shift_scale=1.0
+    )
+    return finished(
+        CogVideoXPipeline(
+            tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler
+        )
     )
 
 

@@ -150,14 +150,23 @@ class Turns:
         return self._trained.get((id(holder), name), holder._parameters[name])
 
     @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Inside the block autograd saves places of copies; all else as it is."""
+    def saving(self, check: Callable[[], None] | None = None) -> Iterator[None]:
+        """Inside the block autograd saves places of copies; all else as it is, or as hooks around it want it saved.
 
-        def pack(tensor: Tensor) -> Place | Tensor:
-            return self.place_of(tensor) or tensor.detach()
+        Args:
+            check: called when a backward pass asks for a weight.
+        """
+        outer_pack, outer_unpack = _hooks_around() or (Tensor.detach, None)
 
-        def unpack(saved: Place | Tensor) -> Tensor:
-            return saved.tensor() if isinstance(saved, Place) else saved
+        def pack(tensor: Tensor) -> Any:
+            return self.place_of(tensor) or outer_pack(tensor)
+
+        def unpack(saved: Any) -> Tensor:
+            if isinstance(saved, Place):
+                if check is not None:
+                    check()
+                return saved.tensor()
+            return saved if outer_unpack is None else outer_unpack(saved)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
@@ -395,6 +404,12 @@ def _all_entered(members: Sequence[Member]) -> Iterator[None]:
         for member in members:
             stack.enter_context(member.entered())
         yield
+
+
+def _hooks_around() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """The hooks by which autograd saves tensors now. Of nested ones PyTorch asks the innermost alone."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not in every version
+    return None if top is None else top(True)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -21,11 +21,12 @@ from ..errors import InputError, UnsupportedError
 from .captured import CapturedHost, Given
 from .clone import clone_of
 from .decoding import Decoder
-from .forwards import check_networks, own_forwards
+from .forwards import check_networks
+from .frozen import Frozen
+from .homes import MOVING
 from .levels import Levels, levels_of, position_of
-from .offloaded import execution_device
 from .recorded import Recorded
-from .refusals import check_components, check_whole
+from .refusals import check_components
 from .shadow import shadow, unwrapped
 from .states import check_states, hooks_of
 from .stepped import KEY as _KEY
@@ -52,6 +53,8 @@ class Capture:
         opening: called once, before the pipeline's first network call, with latents of its shape (as the network sees
             them, perhaps twice), the way from clean ones to pictures, and how many steps the pipeline says it will take
             (None where it does not).
+        networks: makes frozen copies of the networks, where ``pipe`` is a copy of another pipeline; then it has been
+            checked.
 
     Attributes:
         pipe: the pipeline.
@@ -75,11 +78,10 @@ class Capture:
         prompts: list[str] | None = None,
         done: int = 0,
         opening: Opening | None = None,
+        networks: Frozen | None = None,
     ) -> None:
-        check_components(pipe)
-        check_whole(pipe)
-        check_networks(pipe)
-        check_states(pipe)
+        if networks is None:
+            _check(pipe)
         own = vars(pipe)
         self._denoisers = {name: value for name, value in own.items() if _listens(value)}
         scheduler = own.get("scheduler")
@@ -96,11 +98,11 @@ class Capture:
         self.last: CapturedHost | None = None
         self._owner: weakref.ref[Any] | None = None
         self._scheduler, self._done, self._opening = scheduler, done, opening
-        self._decoder = Decoder(pipe, decode)
+        self._frozen = Frozen(pipe) if networks is None else networks
+        self._decoder = Decoder(pipe, decode, networks=self._frozen)
         self._thread, self._busy = threading.get_ident(), False
         self._calls: list[Recorded] = []
         self._pending: dict[str, tuple[Any, Any]] = {}
-        self._shadows: dict[str, nn.Module] = {}
         self._levels: Levels | None = None
         self._timesteps: Any = None  # of the run that the levels belong to
         self._first = self._position = -1
@@ -112,7 +114,9 @@ class Capture:
         base: Any = type(scheduler)
         scheduler.__dict__[_KEY] = _Link(me)
         scheduler.__class__ = listened(base, _KEY)
-        self._finalizer = weakref.finalize(self, _restore, handles, scheduler, base)
+        offloading = self._frozen.offloading
+        leave = offloading.leave if networks is None else offloading.close
+        self._finalizer = weakref.finalize(self, _restore, handles, scheduler, base, leave)
 
     @classmethod
     def of_clone(cls, pipe: Any, take: Take | None = None, **options: Any) -> Capture:
@@ -120,18 +124,24 @@ class Capture:
 
         Threads that do so do not disturb each other. The copy's call is under no ``torch.no_grad`` of its own.
 
+        The copy of an offloaded pipeline has no hooks, and its networks' weights come and go all the same.
+
         Raises:
-            UnsupportedError: as above, or the pipeline is offloaded.
+            UnsupportedError: as above.
         """
-        if execution_device(pipe) is not None:
-            raise UnsupportedError(
-                f"{type(pipe).__name__} is offloaded, and a copy of it has no hooks that move its networks: move it to "
-                "one device, or guide the pipeline itself"
-            )
-        clone = clone_of(pipe, set(), lambda name, module: module)
+        _check(pipe)
+        networks = Frozen(pipe)
+
+        def dressed(name: str, module: nn.Module) -> nn.Module:
+            if networks.comes_and_goes(name):  # of a network whose weights come and go no shadow can be made
+                networks.make_of(name, shadow(module, set()))
+            return networks.offloading.dressed(name, module)
+
+        clone = clone_of(pipe, set(), dressed)
+        networks.offloading.place(clone)
         vars(clone).pop("_num_timesteps", None)  # of an older call
         _forget(clone)
-        return cls(clone, take, **options)
+        return cls(clone, take, networks=networks, **options)
 
     @staticmethod
     def on(pipe: Any) -> Capture | None:
@@ -150,7 +160,8 @@ class Capture:
     def detach(self) -> None:
         """Leave the pipeline as it was before. May be called twice."""
         self._finalizer()
-        self._calls, self._pending, self._shadows = [], {}, {}
+        self._calls, self._pending = [], {}
+        self._frozen.forget()
 
     def __enter__(self) -> Capture:
         return self
@@ -196,26 +207,23 @@ class Capture:
         finally:
             self._busy = before
 
-    def _frozen(self, call: Recorded) -> nn.Module:
+    def _copy(self, call: Recorded) -> nn.Module:
         """The frozen copy of a network, made anew in each run: adapters and weights may be others.
 
         Raises:
             UnsupportedError: the network has hooks of diffusers'.
         """
-        if call.name not in self._shadows:
-            module = unwrapped(call.module)
-            hook = next((name for _, _, name, _ in hooks_of(module)), None)
-            if hook is not None:
-                raise UnsupportedError(
-                    f"{call.name} has the hook {hook}. Caches keep one call's results for the next, and guidance makes "
-                    f"calls of its own between them; layerwise casting converts the weights around each call. Take it "
-                    f"off (pipe.{call.name}.disable_cache(), or load it in one dtype)"
-                )
-            ours = shadow(module, set())
-            own_forwards(module, ours)
-            _unhook(ours)
-            self._shadows[call.name] = ours
-        return self._shadows[call.name]
+        hooks = (name for _, _, name, _ in hooks_of(unwrapped(call.module)))
+        hook = next((name for name in hooks if name not in MOVING), None)
+        if hook is not None:
+            raise UnsupportedError(
+                f"{call.name} has the hook {hook}. Caches keep one call's results for the next, and guidance makes "
+                f"calls of its own between them; layerwise casting converts the weights around each call. Take it "
+                f"off (pipe.{call.name}.disable_cache(), or load it in one dtype)"
+            )
+        ours = self._frozen.of(call.name, call.module)
+        _unhook(ours)
+        return ours
 
     # -- the scheduler --------------------------------------------------------------------------------------------
 
@@ -243,8 +251,7 @@ class Capture:
         if scheduler.timesteps is not self._timesteps or position <= self._position or self._levels is None:
             self._levels, self._timesteps = levels_of(scheduler), scheduler.timesteps
             self._first, self._done = position - self._done, 0
-            self._shadows = {}
-            self._decoder.forget()
+            self._frozen.forget()
         self._position = position
         count = vars(self.pipe).get("_num_timesteps")  # fewer than the scheduler's where a run ends early
         rest = len(self._levels) - self._first
@@ -258,7 +265,7 @@ class Capture:
             stepping.output,
             stepping.again,
             stepping.renew,
-            self._frozen,
+            self._copy,
             self._decoder.of(calls),
             self._asleep,
         )
@@ -278,6 +285,12 @@ class _Link:
 
     def __deepcopy__(self, memo: Any) -> _Link:
         return self
+
+
+def _check(pipe: Any) -> None:
+    check_components(pipe)
+    check_networks(pipe)
+    check_states(pipe)
 
 
 def _listens(value: Any) -> bool:
@@ -306,7 +319,7 @@ def _forget(clone: Any) -> None:
     """Take from a pipeline's copy what it has of a capture that listens to the pipeline."""
     scheduler: Any = vars(clone).get("scheduler")
     if vars(scheduler or object).get(_KEY) is not None:
-        _restore([], scheduler, type(scheduler).__bases__[0])
+        _restore([], scheduler, type(scheduler).__bases__[0], lambda: None)
     for module in vars(clone).values():
         if isinstance(module, nn.Module):
             _unhook(module)
@@ -318,7 +331,8 @@ def _unhook(module: nn.Module) -> None:
             del hooks[key]
 
 
-def _restore(handles: list[Any], scheduler: Any, base: Any) -> None:
+def _restore(handles: list[Any], scheduler: Any, base: Any, leave: Callable[[], None]) -> None:
+    leave()
     for handle in handles:
         handle.remove()
     scheduler.__dict__.pop(_KEY, None)

@@ -58,13 +58,16 @@ class Combination:
         return None if self.cond == self.uncond else parts[self.cond] - parts[self.uncond]
 
 
-def learned(pipe: Any, parts: Sequence[Tensor], output: Tensor) -> Combination:
+def learned(
+    pipe: Any, parts: Sequence[Tensor], output: Tensor, refusal: str = "so its steps cannot be guided"
+) -> Combination:
     """The combination that gives ``output``, tried out on what a step really had.
 
     Args:
         pipe: its attributes are asked for the scale.
         parts: one or two, each (B, …).
         output: what the scheduler was given, of the same shape.
+        refusal: what is said where none does: of what the user asked for.
 
     Raises:
         UnsupportedError: none does.
@@ -72,7 +75,7 @@ def learned(pipe: Any, parts: Sequence[Tensor], output: Tensor) -> Combination:
     if len(parts) > 2:
         raise UnsupportedError(
             f"{type(pipe).__name__} combines {len(parts)} network outputs in one step (skipped layers, several prompts "
-            "or pictures): only one output, or two by classifier-free guidance, can be guided. Switch that off"
+            f"or pictures), and not one, or two by classifier-free guidance, {refusal}. Switch that off"
         )
     own, target = [doubled(part) for part in parts], doubled(output)
     if len(parts) == 1:
@@ -92,9 +95,8 @@ def learned(pipe: Any, parts: Sequence[Tensor], output: Tensor) -> Combination:
             return candidate
     raise UnsupportedError(
         f"{type(pipe).__name__} makes the scheduler's input of its network's output by a rule that is neither the "
-        "output itself nor classifier-free guidance, uncond + scale * (cond - uncond), nor that with guidance_rescale: "
-        "such steps can be neither guided nor read by as_denoiser. Switch the rule off (perturbed attention, adaptive "
-        "projection, …)"
+        "output itself nor classifier-free guidance, uncond + scale * (cond - uncond), nor that with guidance_rescale, "
+        f"{refusal}. Switch the rule off (perturbed attention, adaptive projection, …)"
     )
 
 

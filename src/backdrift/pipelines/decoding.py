@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, UnsupportedError
+from .frozen import Frozen
 from .modular import is_modular
 from .recorded import Recorded
 from .refusals import image_processors, plain_class, reached
-from .shadow import shadow, unwrapped
+from .shadow import unwrapped
 from .twins import names
 
 __all__ = ["Decoder"]
@@ -37,6 +38,7 @@ class Decoder:
         decode: takes the decoder's place: clean latents, as the pipeline's scheduler steps them, to pictures
             (B, 3, H, W), or videos (B, F, 3, H, W), in [0, 1].
         frozen: the copy of its autoencoder to use, such as :meth:`autoencoder` gave; one of its own if None.
+        networks: makes such copies; one of its own if None.
     """
 
     def __init__(
@@ -44,8 +46,10 @@ class Decoder:
         pipe: Any,
         decode: Callable[[Tensor], Tensor] | None = None,
         frozen: nn.Module | None = None,
+        networks: Frozen | None = None,
     ) -> None:
         self._pipe, self._given, self._frozen = pipe, decode, frozen
+        self._own = Frozen(pipe) if networks is None else networks
 
     def autoencoder(self, x0: Tensor) -> nn.Module | None:
         """The frozen copy of the network that decodes such latents; None for a pipeline in pixels.
@@ -56,10 +60,6 @@ class Decoder:
         if not any(hasattr(value, "decode") for value in _networks(self._pipe)):
             return None
         return self._vae(x0.device, _OF_VIDEO if x0.ndim == 5 else _KNOWN)
-
-    def forget(self) -> None:
-        """Look at the pipeline's decoder again: a new run may have other weights."""
-        self._frozen = None
 
     def of(self, calls: Sequence[Recorded]) -> Callable[[Tensor], Tensor]:
         """``decode(x0)`` for the latents of a step with these calls (packed ones say their size there)."""
@@ -171,15 +171,14 @@ class Decoder:
         processor = image_processors(pipe).get("image_processor")
         if processor is not None and not processor.config.get("do_normalize", True):
             raise self._unknown("has an image processor without do_normalize")
-        frozen: Any = shadow(unwrapped(vae), set())
-        weight = next(frozen.parameters())
-        overflows = frozen.config.get("force_upcast") and "force_upcast" in _said(pipe)
-        if weight.dtype == torch.float16 and overflows:
-            frozen = frozen.float()
-        if weight.device != device:  # waits on the CPU
-            frozen = frozen.to(device)
-        self._frozen = frozen
-        return frozen
+
+        def ready(frozen: Any) -> nn.Module:
+            overflows = frozen.config.get("force_upcast") and "force_upcast" in _said(pipe)
+            if next(frozen.parameters()).dtype == torch.float16 and overflows:
+                frozen = frozen.float()
+            return frozen if self._own.comes_and_goes("vae") else frozen.to(device)
+
+        return self._own.of("vae", vae, ready)
 
     def _unknown(self, what: str) -> UnsupportedError:
         return UnsupportedError(

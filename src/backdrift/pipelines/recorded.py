@@ -51,6 +51,7 @@ class Recorded:
         module: the user's network, as the pipeline holds it.
         args, kwargs: what it was called with; dictionaries and lists are copies, tensors are not.
         output: what it returned.
+        refusal: what is said where the call is not of a known kind: of what the user asked for.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Recorded:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     output: Any
+    refusal: str = "so its steps cannot be guided"
 
     @cached_property
     def names(self) -> list[str]:
@@ -81,13 +83,13 @@ class Recorded:
             shown = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
             raise UnsupportedError(
                 f"{self.name} was called with {shown} where the scheduler steps {tuple(z.shape)}: how the pipeline "
-                "makes the one of the other is not known, so its steps can be neither guided nor read by as_denoiser"
+                f"makes the one of the other is not known, {self.refusal}"
             )
         longer = [d for d in range(1, z.ndim) if given.shape[d] != z.shape[d]]
         if len(longer) > 1 or any(given.shape[d] < z.shape[d] for d in longer):
             raise UnsupportedError(
                 f"{self.name} was called with {tuple(given.shape)} where the scheduler steps {tuple(z.shape)}: they "
-                "differ in more than one dimension, so its steps can be neither guided nor read by as_denoiser"
+                f"differ in more than one dimension, {self.refusal}"
             )
         dim = longer[0] if longer else None
         where = Where(len(given) // len(z), dim, z.shape[dim] if dim is not None else 0)
@@ -97,8 +99,7 @@ class Recorded:
         if not apart <= 8 * unit * float(z.abs().max()):
             raise UnsupportedError(
                 f"{self.name}'s input is not scheduler.scale_model_input(latents) (they differ by {apart:.2g}): the "
-                "pipeline changes the latents on the way in a manner that is not known, so its steps can be neither "
-                "guided nor read by as_denoiser"
+                f"pipeline changes the latents on the way in a manner that is not known, {self.refusal}"
             )
         return where
 
@@ -112,12 +113,11 @@ class Recorded:
         time = _argument(self.names, self._time_name, self.args, self.kwargs)
         if isinstance(time, Tensor) and (time.ndim > 1 or len(set(time.reshape(-1).tolist())) > 1):
             raise UnsupportedError(
-                f"{self.name} is given a time for each part of the latents, which neither guidance nor as_denoiser "
-                "can read"
+                f"{self.name} is given a time for each part of the latents, {self.refusal}"
             )
         if not isinstance(time, Tensor | int | float):
             raise UnsupportedError(
-                f"{self.name} was given {type(time).__name__} as its time, which is not known"
+                f"{self.name} was given {type(time).__name__} as its time, which is not known, {self.refusal}"
             )
         return time
 
@@ -180,8 +180,7 @@ class Recorded:
             if any(id(tensor) not in known for tensor in nests.tensors(value)):
                 raise UnsupportedError(
                     f"{self.name} is given {name}, which depends on the latents and was not returned as it is by a "
-                    "control network of the pipeline (guess_mode changes it): such steps can be neither guided nor "
-                    "read by as_denoiser"
+                    f"control network of the pipeline (guess_mode changes it), {self.refusal}"
                 )
 
 

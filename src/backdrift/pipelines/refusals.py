@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedError
-from .homes import accelerate_hooks, is_idle, is_model_wide, is_sequential, table_of, way_of
+from .homes import accelerate_hooks, is_idle, is_model_wide, is_sequential, table_of
 from .modular import is_modular
 from .twins import is_no_grad, names, without_no_grad
 
@@ -138,20 +138,6 @@ def check_components(pipe: Any) -> None:
                 raise UnsupportedError(
                     f"{where} is offloaded and has a function in place of its forward: take that off, or {advice}"
                 )
-
-
-def check_whole(pipe: Any) -> None:
-    """Refuse networks whose weights are moved layer by layer, where they are called as they are.
-
-    Raises:
-        UnsupportedError: naming the first.
-    """
-    for key, module in vars(pipe).items():
-        if isinstance(module, nn.Module) and way_of(module) in ("sequential", "group"):
-            raise UnsupportedError(
-                f"{key} has its weights on the device one layer or block at a time, and only inside the pipeline's own "
-                "calls: load the pipeline again, and use pipe.enable_model_cpu_offload()"
-            )
 
 
 def reached(cls: type, start: str = "__call__") -> Iterator[tuple[str, CodeType]]:

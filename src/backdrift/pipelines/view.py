@@ -9,6 +9,7 @@ given, how guidance is made of what they return, and at which times they are ask
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,10 +21,13 @@ from ..denoiser import Denoiser
 from ..errors import InputError, UnsupportedError
 from ..grids import TimeGrid
 from .decoding import Decoder
+from .frozen import Frozen
+from .offloaded import Offloading
 from .shadow import Train, trained_parameters
+from .trainable import check_trainable
 from .views.asked import asked
 from .views.called import called
-from .views.observed import Observed, observed
+from .views.observed import Observed, check_view, observed
 from .views.of_text import Prompt, family_of, of_text
 from .views.process import Interpolation, grid_of, is_flow, process_of, times_of
 
@@ -50,6 +54,7 @@ class View:
     _pipe: Any = field(default=None, repr=False)
     _found: Observed | None = field(default=None, repr=False)
     _call: Mapping[str, Any] | None = field(default=None, repr=False)
+    _offloading: Offloading | None = field(default=None, repr=False)
 
     def __iter__(self) -> Iterator[Any]:
         """``model, cond = as_denoiser(…)``."""
@@ -89,7 +94,7 @@ class View:
     def decoding(self, frozen: nn.Module | None = None) -> Callable[[Tensor], Tensor]:
         """:meth:`decode`, with the copy ``frozen`` of the pipeline's autoencoder where one is given."""
         calls = [] if self._found is None else self._found.calls
-        return Decoder(self._pipe, frozen=frozen).of(calls)
+        return Decoder(self._pipe, frozen=frozen, networks=self._networks).of(calls)
 
     def autoencoder(self, x0: Tensor) -> nn.Module | None:
         """A frozen copy of the network that decodes such clean samples; None for a pipeline in pixels.
@@ -97,7 +102,11 @@ class View:
         Raises:
             UnsupportedError: how this pipeline decodes is not known.
         """
-        return Decoder(self._pipe).autoencoder(x0)
+        return Decoder(self._pipe, networks=self._networks).autoencoder(x0)
+
+    @property
+    def _networks(self) -> Frozen:
+        return Frozen(self._pipe, self._offloading)  # made anew: the decoder may have other weights
 
 
 def as_denoiser(
@@ -127,6 +136,10 @@ def as_denoiser(
     and rules other than classifier-free guidance (rescaled or not) are refused by name. Network calls that the pipeline
     makes one after the other (true guidance of Flux) stay two.
 
+    The weights of an offloaded pipeline's networks are on the device for the view's calls, forward and backward, in the
+    pipeline's own grain: a network, a block, or a layer (:mod:`~backdrift.residence`). A whole network stays there
+    until pictures are decoded or the model is gone. The pipeline's hooks are left as they are.
+
     Args:
         pipe: a diffusers pipeline. The scheduler is read for schedule and prediction only; its own rule for stepping is
             not used (see :meth:`View.grid` for its times).
@@ -155,18 +168,24 @@ def as_denoiser(
         "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
     }
     weights = trained_parameters(pipe, train)
+    check_trainable(pipe, weights)
     trained = {id(p) for p in weights.values()}
+    offloading = Offloading(pipe)
     family = family_of(pipe)
     scale = _GUIDANCE if guidance_scale is None and family is not None else guidance_scale
     inside = all(name.startswith(("unet.", "transformer.")) for name in weights)
     if family is not None and scale is not None and inside and not call:
-        model, cond = of_text(pipe, family, prompt, scale, negative_prompt, given, trained, interpolation)
-        return View(model, cond, None, pipe)
+        check_view(pipe)
+        model, cond = of_text(
+            pipe, family, prompt, scale, negative_prompt, given, trained, interpolation, offloading
+        )
+        return View(_leaving(model, offloading), cond, None, pipe, _offloading=offloading)
     texts = {"prompt": prompt, "negative_prompt": negative_prompt, "guidance_scale": scale}
     arguments = asked(pipe, {**texts, **given}, call)
-    found = observed(pipe, arguments, trained, interpolation)
+    found = observed(pipe, arguments, trained, interpolation, offloading=offloading)
     made = called(found, arguments, weights)
-    return View(made.model, made.cond, made.x_T, pipe, found, arguments)
+    model = _leaving(made.model, offloading)
+    return View(model, made.cond, made.x_T, pipe, found, arguments, offloading)
 
 
 def pipeline_grid(pipe: Any, num_inference_steps: int) -> TimeGrid:
@@ -201,6 +220,13 @@ def pipeline_grid(pipe: Any, num_inference_steps: int) -> TimeGrid:
         )
     scheduler.set_timesteps(num_inference_steps)
     return grid_of(scheduler, times_of(scheduler, process))
+
+
+def _leaving(model: Denoiser, offloading: Offloading) -> Denoiser:
+    """The same; what it has left on the device of an offloaded pipeline goes with it."""
+    if offloading.turns is not None:
+        weakref.finalize(model, offloading.turns.leave)
+    return model
 
 
 def _check_steps(num_inference_steps: int) -> None:

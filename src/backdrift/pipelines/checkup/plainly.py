@@ -20,7 +20,7 @@ from ..clone import clone_of
 from ..draws import Noise, drawing
 from ..endings import ending_of
 from ..modular import is_modular
-from ..offloaded import Offloading
+from ..offloaded import Offloading, methods_of
 from ..outputs import first_tensor, unclamped
 from ..refusals import image_processors, plain_class, undecorated_call
 from ..rehearsal import role_of
@@ -123,12 +123,6 @@ class Watch:
             return out
 
         return watched
-
-
-def methods_of(name: str, module: nn.Module) -> list[str]:
-    """The methods by which a pipeline calls a network."""
-    coder = role_of(name, module) == "decoder"
-    return ["forward", *(m for m in ("encode", "decode") if coder and hasattr(module, m))]
 
 
 def settle() -> None:

@@ -14,6 +14,8 @@ from ...denoiser import Denoiser
 from ...errors import MissingGradientError, UnsupportedError
 from ..combination import learned
 from ..recorded import is_control, outputs_of
+from .kept import kept
+from .listener import NO_VIEW
 from .network import PROGRAM, Preconditioned, Program, ViewNetwork, prediction_in
 from .observed import Observed
 from .split import CallPlan, Made, Slot, taken_apart
@@ -57,13 +59,16 @@ def called(found: Observed, given: Mapping[str, Any], trained: Mapping[str, Tens
             "variance), so it has no view: use DDIMScheduler.from_config(pipe.scheduler.config)"
         )
     programs, halves, parts = _programs(found)
-    combination = learned(found.clone, parts, found.output)
+    combination = learned(found.clone, parts, found.output, NO_VIEW)
     guided = combination.cond != combination.uncond
     chosen = [halves[combination.cond], *([halves[combination.uncond]] if guided else [])]
     modules = {call.name: call.module for call in found.calls}
     _check_reached(found.state, chosen, given, trained, set(modules))
     leaves = [tensor for tensor in nests.tensors(dict(given)) if tensor.requires_grad]
-    cond, uncond = [*(_with_leaves(half, leaves) for half in chosen), None][:2]
+    chosen, state = _lasting(
+        [_with_leaves(half, leaves) for half in chosen], found.state, [*leaves, *trained.values()]
+    )
+    cond, uncond = [*chosen, None][:2]
     network: Any = ViewNetwork(programs, modules, found.z.shape[1:])
     dtype = found.calls[0].input.dtype
     if found.process.preconditioning is not None:
@@ -80,7 +85,7 @@ def called(found: Observed, given: Mapping[str, Any], trained: Mapping[str, Tens
         dtype=dtype,
     )
     assert cond is not None
-    return Called(model, cond, found.state)
+    return Called(model, cond, state)
 
 
 def _programs(found: Observed) -> tuple[list[Program], list[Half], list[Tensor]]:
@@ -142,6 +147,19 @@ def _with_leaves(half: Half, leaves: Sequence[Tensor]) -> Half:
         return next((leaf for leaf in leaves if _is_passed_on(leaf, value)), value)
 
     return {key: own(value) for key, value in half.items()}
+
+
+def _lasting(halves: Sequence[Half], state: Tensor, inputs: Sequence[Tensor]) -> tuple[list[Half], Tensor]:
+    """The same, for more than one backward pass."""
+    found = {
+        id(value): value
+        for value in [state, *nests.tensors(list(halves))]
+        if value.requires_grad and value.grad_fn is not None and all(value is not own for own in inputs)
+    }
+    lasting = dict(zip(found, kept(list(found.values()), inputs), strict=True))
+    return [
+        {key: lasting.get(id(value), value) for key, value in half.items()} for half in halves
+    ], lasting.get(id(state), state)
 
 
 def _is_passed_on(leaf: Tensor, value: Tensor) -> bool:

@@ -18,9 +18,10 @@ from ..stepping import _argument, _is_denoiser, _parameters, _state_of
 from .alike import close, difference, others
 from .process import Process, process_of
 
-__all__ = ["KEY", "Listener", "Over", "Step"]
+__all__ = ["KEY", "NO_VIEW", "Listener", "Over", "Step"]
 
 KEY = "_backdrift_view"  # under which a scheduler knows who listens to it
+NO_VIEW = "so it has no view"
 
 
 class Over(Exception):
@@ -95,7 +96,7 @@ class Listener:
                     known = forward(*args, **kwargs)
             else:
                 known = _again(known)
-            self._calls.append(Recorded(name, module, own_args, own_kwargs, known))
+            self._calls.append(Recorded(name, module, own_args, own_kwargs, known, NO_VIEW))
             return known
 
         return called

@@ -59,7 +59,7 @@ class Preconditioned(nn.Module):
     """x0 of a network under EDM's preconditioning, at states x0 + sigma eps; t is sigma.
 
     Args:
-        network: as above, at the scaled state and log(sigma)/4.
+        network: as above, at the scaled state and what it is told of sigma.
         by: the preconditioning.
         dtype: of the network's input.
     """
@@ -74,7 +74,7 @@ class Preconditioned(nn.Module):
         size = (sigma**2 + data**2).sqrt()
         parameter = next(self.network.parameters())
         dtype = parameter.dtype if parameter.dtype == torch.float64 else self._dtype
-        found = self.network((x / size).to(dtype), 0.25 * t.log(), cond).to(x.dtype)
+        found = self.network((x / size).to(dtype), self._by.told(t), cond).to(x.dtype)
         return (data / size) ** 2 * x + self._by.sign * (sigma * data / size) * found
 
 

@@ -18,7 +18,8 @@ from ...errors import InputError, UnsupportedError
 from ..calls import PipelineCall
 from ..clone import clone_of
 from ..forwards import check_networks
-from ..offloaded import execution_device
+from ..homes import MOVING
+from ..offloaded import Offloading
 from ..recorded import Recorded
 from ..refusals import check_components
 from ..shadow import networks
@@ -27,7 +28,7 @@ from ..stepping import _is_denoiser, listened
 from .listener import KEY, Listener, Over
 from .process import Interpolation, Process, process_of, times_of
 
-__all__ = ["Observed", "observed"]
+__all__ = ["Observed", "check_view", "observed"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def observed(
     trained: set[int],
     interpolation: Interpolation = "linear",
     outputs: Sequence[Any] | None = None,
+    offloading: Offloading | None = None,
 ) -> Observed:
     """Make a pipeline's call and listen.
 
@@ -70,15 +72,17 @@ def observed(
         trained: ``id`` of the weights that get gradients.
         interpolation: of a trained table.
         outputs: of the first step's network calls, known from before: none is made then.
+        offloading: by which an offloaded pipeline's weights come and go; its own if None.
 
     Raises:
         InputError: an argument that the call does not take.
         UnsupportedError: the pipeline has no scheduler or networks of diffusers' kind, what it is set up with cannot be
             taken over, or its steps are not alike.
     """
-    _check(pipe)
-    listener = Listener(type(pipe).__name__, outputs)
-    clone = clone_of(pipe, trained, listener.dressed)
+    check_view(pipe)
+    listener, away = Listener(type(pipe).__name__, outputs), offloading or Offloading(pipe)
+    clone = clone_of(pipe, trained, lambda name, ours: listener.dressed(name, away.dressed(name, ours)))
+    away.place(clone)
     own = clone.__dict__
     own["_progress_bar_config"] = {"disable": True}
     scheduler: Any = own["scheduler"]
@@ -89,9 +93,13 @@ def observed(
         bound = PipelineCall.of(clone, (), dict(call), "latent")
     except TypeError as problem:
         raise InputError(f"{type(pipe).__name__}'s call: {problem}") from problem
-    with torch.random.fork_rng(_accelerators(pipe)), suppress(Over):
-        bound.run(clone)
-    listener.undress()
+    try:
+        with torch.random.fork_rng(_accelerators(pipe)), suppress(Over):
+            bound.run(clone)
+    finally:
+        listener.undress()
+        if away.turns is not None:
+            away.turns.leave()
     return _heard(listener, clone, interpolation)
 
 
@@ -135,7 +143,12 @@ def _scale(listener: Listener, process: Process, times: Sequence[float]) -> floa
     )
 
 
-def _check(pipe: Any) -> None:
+def check_view(pipe: Any) -> None:
+    """Refuse a pipeline that has no view whatever its call is.
+
+    Raises:
+        UnsupportedError: says why and what to do.
+    """
     check_components(pipe)
     check_networks(pipe)
     check_states(pipe)
@@ -152,13 +165,8 @@ def _check(pipe: Any) -> None:
             f"{name} has another network ({others[0]}) for other noise levels, and a Denoiser has one: use "
             "bd.differentiable, or a view of a pipeline without it"
         )
-    if execution_device(pipe) is not None:
-        raise UnsupportedError(
-            f"{name} is offloaded, and a view's networks stay where they are: move it to one device, or use "
-            "bd.differentiable"
-        )
     for key, module in found.items():
-        hook = next((hook for _, _, hook, _ in hooks_of(module)), None)
+        hook = next((hook for _, _, hook, _ in hooks_of(module) if hook not in MOVING), None)
         if hook is not None:
             raise UnsupportedError(
                 f"{key} has the hook {hook}: a cache keeps one call's results for the next, and a solver's calls are "

@@ -11,6 +11,8 @@ from ... import nests
 from ...denoiser import Denoiser
 from ...errors import InputError
 from ...schedules import VP, Flow
+from ..forwards import own_forwards
+from ..offloaded import Offloading
 from ..shadow import networks, shadow
 from .process import Interpolation, is_flow, table_of
 
@@ -72,6 +74,7 @@ def of_text(
     given: dict[str, Tensor | None],
     trained: set[int],
     interpolation: Interpolation,
+    offloading: Offloading,
 ) -> tuple[Denoiser, dict[str, Tensor]]:
     """Model and conditioning.
 
@@ -83,13 +86,19 @@ def of_text(
         given: the embeddings, by name.
         trained: ``id`` of the weights that get gradients.
         interpolation: of the trained table.
+        offloading: by which an offloaded pipeline's weights come and go.
 
     Raises:
         InputError: texts and embeddings do not go together.
     """
     guided = guidance_scale != 1
     cond, uncond = _conditioning(pipe, family, prompt, negative_prompt, given, guided)
-    module = shadow(getattr(pipe, "unet" if family == "unet" else "transformer"), trained)
+    offloading.free()  # the text encoders
+    name = "unet" if family == "unet" else "transformer"
+    original = networks(pipe)[name]
+    module = shadow(original, trained)
+    own_forwards(original, module)
+    module = offloading.dressed(name, module)
     config = pipe.scheduler.config
     if family == "unet":
         network = PipelineNetwork(module, ("sample", "timestep"))

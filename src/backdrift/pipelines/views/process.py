@@ -4,7 +4,7 @@
 |---|---|---|---|
 | with a table ``alphas_cumprod`` | the network's input: x; Euler's x / sqrt(sigma² + 1) | VP, discrete | its own |
 | of flows (FlowMatch…, or ``use_flow_sigmas``) | x | flow | its own |
-| EDM… (Karras et al. 2022, table 1), and Euler's in continuous time | x = x0 + sigma eps | EDM | x0, preconditioned |
+| EDM… (Karras et al. 2022), CosineDPM…, Euler's in continuous time | x = x0 + sigma eps | EDM | x0, preconditioned |
 """
 
 from __future__ import annotations
@@ -34,16 +34,22 @@ _WARPED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "us
 class Preconditioning:
     """How a network F gives x0 at a state of noise level sigma (Karras et al. 2022, equation 7).
 
-    x0 = c_skip x + c_out F(c_in x, log(sigma) / 4), with d = sigma_data, r² = sigma² + d²: c_in = 1/r, c_skip = d²/r²,
+    x0 = c_skip x + c_out F(c_in x, c_noise), with d = sigma_data, r² = sigma² + d²: c_in = 1/r, c_skip = d²/r²,
     c_out = ± sigma d / r.
 
     Attributes:
         sigma_data: d.
         sign: of c_out; -1 for what diffusers calls ``"v_prediction"``.
+        noise: what c_noise is: ``"log"``, log(sigma) / 4, or ``"angle"``, 2 arctan(sigma) / pi (Stable Audio's).
     """
 
     sigma_data: float
     sign: float
+    noise: Literal["log", "angle"] = "log"
+
+    def told(self, sigma: Tensor) -> Tensor:
+        """c_noise, of the shape of ``sigma``."""
+        return 0.25 * sigma.log() if self.noise == "log" else sigma.atan() / math.pi * 2
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,9 @@ class Process:
 
     def told(self, t: float) -> float:
         """What a network is told at the schedule's time ``t``, but for a factor."""
-        return t if self.preconditioning is None else 0.25 * math.log(t)
+        if self.preconditioning is None:
+            return t
+        return float(self.preconditioning.told(torch.tensor(t, dtype=torch.float64)))
 
     def state(self, scheduler: Any, sample: Tensor, timestep: Any) -> tuple[Tensor, Tensor]:
         """The view's state and the network's input of a scheduler's state, with their graph."""
@@ -85,6 +93,8 @@ def process_of(scheduler: Any, interpolation: Interpolation = "linear") -> Proce
     name, config = type(scheduler).__name__, scheduler.config
     if name.startswith("EDM"):
         return _edm(scheduler, name, float(config.sigma_data))
+    if name == "CosineDPMSolverMultistepScheduler":
+        return _edm(scheduler, name, float(config.sigma_data), "angle")
     if config.get("timestep_type", "discrete") == "continuous":
         if config.prediction_type != "v_prediction":
             raise UnsupportedError(
@@ -173,14 +183,14 @@ def _last(scheduler: Any, t: float) -> list[float]:
     return [0.0] if t > 0 else []
 
 
-def _edm(scheduler: Any, name: str, sigma_data: float) -> Process:
+def _edm(scheduler: Any, name: str, sigma_data: float, noise: Literal["log", "angle"] = "log") -> Process:
     prediction = scheduler.config.prediction_type
     if prediction not in ("epsilon", "v_prediction"):
         raise UnsupportedError(
             f"{name} with prediction_type={prediction!r} is not known; allowed: epsilon, v_prediction"
         )
     sign = 1.0 if prediction == "epsilon" else -1.0
-    return Process(EDM(), "sample", Preconditioning(sigma_data, sign))
+    return Process(EDM(), "sample", Preconditioning(sigma_data, sign, noise))
 
 
 def _known(name: str, prediction: str) -> str:
