@@ -73,7 +73,6 @@ _EXPORTS: dict[str, str] = {
     "optimize": "optimization",
     "Run": "run",
     "invert": "recipes.invert",
-    "stylize": "recipes.stylize",
     "audit": "recipes.audit",
     "stylize": "recipes.stylize",
     "verify": "verification.certificate",

@@ -33,7 +33,6 @@ __all__ = [
     "invert",
     "load_embedding",
     "measure_effect",
-    "stylize",
     "stand_in",
     "stylize",
 ]
