@@ -25,10 +25,16 @@ def is_quantised(weight: Tensor) -> bool:
 
 
 def quantised_linears(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Name and layer of a network's linear layers whose weight is quantised."""
+    """Name and layer of a network's linear layers that compute with a quantised weight.
+
+    Not those whose weight is a plain tensor of eight-bit floats: something casts it around their calls.
+    """
     for name, layer in network.named_modules():
         weight = layer._parameters.get("weight")
-        if isinstance(layer, nn.Linear) and weight is not None and is_quantised(weight):
+        if weight is None or not isinstance(layer, nn.Linear) or not is_quantised(weight):
+            continue
+        bare = type(layer) is nn.Linear and type(weight.data) is Tensor
+        if not (bare and weight.is_floating_point()):
             yield name, layer
 
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedError
+from .casting import HOOK as CASTING
+from .casting import upcasting
 from .homes import MOVING
 from .refusals import reached
 from .shadow import networks
@@ -94,7 +96,7 @@ def own_hooks(original: nn.Module, ours: nn.Module) -> None:
             mine.__dict__.pop("forward", None)
             mine.__dict__["_diffusers_hook"] = chain
         for hook_name in kept:
-            chain.register_hook(_fresh(registry.hooks[hook_name], memo), hook_name)
+            chain.register_hook(_fresh(hook_name, registry.hooks[hook_name], memo), hook_name)
 
 
 def remembered(module: nn.Module) -> Remembered | None:
@@ -180,10 +182,12 @@ class _Layer:
             ref.forward = forward
 
 
-def _fresh(hook: Any, memo: dict[int, Any]) -> Any:
+def _fresh(name: str, hook: Any, memo: dict[int, Any]) -> Any:
     """A copy of a hook with empty state; hooks that share their state share the copy of it."""
     ours = copy.copy(hook)
     ours.fn_ref = None
+    if name == CASTING:
+        ours.__class__ = upcasting(type(hook))
     for key, value in vars(hook).items():
         if hasattr(value, "_state_cache"):
             if id(value) not in memo:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..casting import HOOK as CASTING
 from ..forwards import patched
 from ..homes import MOVING
 from ..quantised import is_quantised
@@ -92,9 +93,19 @@ def offloading(module: nn.Module) -> str:
 
 
 def caches(module: nn.Module) -> str:
-    """diffusers' other hooks: caches over the steps, guidance that skips layers, casts layer by layer."""
-    names = Counter(hook for _, _, hook, _ in hooks_of(module) if hook not in MOVING)
+    """diffusers' other hooks: caches over the steps, guidance that skips layers."""
+    names = Counter(hook for _, _, hook, _ in hooks_of(module) if hook not in MOVING and hook != CASTING)
     return ", ".join(f"{name} on {n} layer{'s' if n > 1 else ''}" for name, n in names.items())
+
+
+def cast(module: nn.Module) -> str:
+    """Layers whose weights are cast around their calls."""
+    kinds = Counter(
+        f"{str(hook.storage_dtype)[6:]} to {str(hook.compute_dtype)[6:]}"
+        for _, _, name, hook in hooks_of(module)
+        if name == CASTING
+    )
+    return ", ".join(f"{n} layers from {kind}" for kind, n in kinds.items())
 
 
 def own_forwards(module: nn.Module) -> str:

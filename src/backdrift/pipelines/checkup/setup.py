@@ -51,6 +51,10 @@ def _parts(pipe: Any, refused: set[str]) -> Iterator[tuple[str, Iterator[Row]]]:
         bare, look.caches, "hooks",
         "{}: a redone call finds the state that the first one found; gradients pass skipped steps", unless=refused,
     )  # fmt: skip
+    yield "layerwise casting", _handled(
+        bare, look.cast, "layerwise casting",
+        "{}: the wider weights belong to the call, and are kept or made again with its activations", unless=refused,
+    )  # fmt: skip
     yield "functions in place of a forward", _handled(
         bare, look.own_forwards, "own forward",
         "a function stands in place of {}; it only calls layers, and is followed", unless=refused,

@@ -177,7 +177,7 @@ def _noises(
         return [(arguments["latents"].detach(), False)]
     network = denoiser(pipe)
     like = (
-        next((p for p in network.parameters() if p.is_floating_point()), None)
+        next((p for p in network.parameters() if p.is_floating_point() and p.itemsize > 1), None)
         if network is not None
         else None
     )
