@@ -187,7 +187,8 @@ def _fresh(name: str, hook: Any, memo: dict[int, Any]) -> Any:
     ours = copy.copy(hook)
     ours.fn_ref = None
     if name == CASTING:
-        ours.__class__ = upcasting(type(hook))
+        kind: Any = type(hook)
+        ours.__class__ = upcasting(kind)
     for key, value in vars(hook).items():
         if hasattr(value, "_state_cache"):
             if id(value) not in memo:
