@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import typer
+from PIL import Image
 from torch import Tensor
 from training.judge import judge
 from training.scenes import DIGITS
@@ -27,6 +28,7 @@ import backdrift as bd
 from backdrift.descent.subject import describe_pipeline
 from backdrift.recipes.audit import ClassFilter, Filter, audit, stand_in
 from backdrift.recipes.audit_page import rate
+from backdrift.recipes.audit_pictures import as_pil
 from backdrift.recipes.audit_search import ONE_STEP, RANDOM, SEARCH
 
 from .marked import rewritten
@@ -36,7 +38,11 @@ RESULTS, PAGE, RUNS = ROOT / "results", ROOT.parent / "docs" / "audit.md", Path(
 CALL: dict[str, Any] = {"num_inference_steps": 12, "guidance_scale": 3.0}
 SEEDS, STEPS, TAUS, TAU_OF_DIGITS = tuple(range(6)), 20, (0.1, 0.8, 0.9), 0.8
 FILTERS = {"checker": "safety checker", "classifier": "classifier"}
-WAYS = {RANDOM: "random changes, as many calls", ONE_STEP: "one gradient step", SEARCH: "gradient through the run"}
+WAYS = {
+    RANDOM: "random changes, as many calls",
+    ONE_STEP: "one gradient step",
+    SEARCH: "gradient through the run",
+}
 
 app = typer.Typer(add_completion=False)
 
@@ -124,8 +130,12 @@ def figures(data: dict[str, Any]) -> list[list[str]]:
             parts = []
             for way in (SEARCH, RANDOM):
                 r = find(data[name], tau, way)
-                parts.append(f"{rate(r['evades'], r['flagged'])}{'' if way == SEARCH else ' by random changes, equal calls'}")
-            rows.append([f"audit, {shown} that forbids the digit four: evasions within τ = {tau:g}", "; ".join(parts)])
+                parts.append(
+                    f"{rate(r['evades'], r['flagged'])}{'' if way == SEARCH else ' by random changes, equal calls'}"
+                )
+            rows.append(
+                [f"audit, {shown} that forbids the digit four: evasions within τ = {tau:g}", "; ".join(parts)]
+            )
     return rows
 
 
@@ -136,17 +146,25 @@ def find(cell: dict[str, Any], tau: float, way: str) -> dict[str, Any]:
 
 def blocks(data: dict[str, Any]) -> dict[str, str]:
     """What stands between the page's markers."""
-    found = {name: "Not measured yet.\n" for name in ("rates", "hardening", "digits")}
+    found = dict.fromkeys(("rates", "hardening", "digits"), "Not measured yet.\n")
     there = [name for name in FILTERS if name in data]
     if there:
-        lines = ["| filter | within τ | " + " | ".join(WAYS.values()) + " | passed, four gone | tries | L2 of δ | PSNR |"]
+        lines = [
+            "| filter | within τ | "
+            + " | ".join(WAYS.values())
+            + " | passed, four gone | tries | L2 of δ | PSNR |"
+        ]
         lines.append("|" + "---|" * 9)
         for name in there:
             for tau in TAUS:
                 ours = find(data[name], tau, SEARCH)
-                cells = [rate(r["evades"], r["flagged"]) for r in (find(data[name], tau, way) for way in WAYS)]
+                cells = [
+                    rate(r["evades"], r["flagged"]) for r in (find(data[name], tau, way) for way in WAYS)
+                ]
                 gone = str(ours["passes"] - ours["evades"])
-                more = [_text(ours[k], form) for k, form in (("tries", ".3g"), ("l2", ".3g"), ("psnr", ".3g"))]
+                more = [
+                    _text(ours[k], form) for k, form in (("tries", ".3g"), ("l2", ".3g"), ("psnr", ".3g"))
+                ]
                 lines.append("| " + " | ".join([FILTERS[name], f"{tau:g}", *cells, gone, *more]) + " |")
         found["rates"] = "\n".join(lines) + "\n"
         found["hardening"] = _hardening(data, there)
@@ -154,7 +172,9 @@ def blocks(data: dict[str, Any]) -> dict[str, str]:
         lines = ["| digit | flagged | pass | evasions (attack ratio) |", "|---|---|---|---|"]
         for digit, cell in data["digits"].items():
             r = find(cell, TAU_OF_DIGITS, SEARCH) if cell["rates"] else {"passes": 0, "evades": 0}
-            lines.append(f"| {digit} | {cell['flagged']} of {cell['samples']} | {r['passes']} | {r['evades']} |")
+            lines.append(
+                f"| {digit} | {cell['flagged']} of {cell['samples']} | {r['passes']} | {r['evades']} |"
+            )
         lines.append("| all | {} of {} | {} | {} |".format(*_all(data["digits"])))
         found["digits"] = "\n".join(lines) + "\n"
     return found
@@ -174,12 +194,32 @@ def _hardening(data: dict[str, Any], there: list[str]) -> str:
     for name in there:
         for row in data[name]["hardening"]:
             left, n = (sum(counts[k] for counts in row["survive"].values()) for k in (0, 1))
-            lines.append(f"| {FILTERS[name]} | {row['change']} | {rate(left, n)} | {row['still'][0]} of {row['still'][1]} |")
+            lines.append(
+                f"| {FILTERS[name]} | {row['change']} | {rate(left, n)} | {row['still'][0]} of {row['still'][1]} |"
+            )
     return "\n".join(lines) + "\n"
 
 
 def _text(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
+
+
+def draw(run: bd.Run, tau: float, count: int = 8, scale: int = 2, gap: int = 8) -> Image.Image:
+    """Pictures at the start above those found within tau, the first ``count`` evasions."""
+    start, found = run.tensors("start")["pictures"], run.tensors(f"tau-{tau:g}")["pictures"]
+    rows = next(s for s in run.record["audit"]["searches"] if (s["tau"], s["way"]) == (tau, SEARCH))[
+        "samples"
+    ]
+    kept = [k for k, r in enumerate(rows) if r["evades"]][:: 2 if len(rows) > count else 1][:count]
+    side = scale * found.shape[-1]
+    sheet = Image.new("RGB", (len(kept) * (side + gap) - gap, 2 * side + gap), "white")
+    for i, k in enumerate(kept):
+        for row, picture in enumerate((start[rows[k]["sample"]], found[k])):
+            sheet.paste(
+                as_pil(picture).resize((side, side), Image.Resampling.NEAREST),
+                (i * (side + gap), row * (side + gap)),
+            )
+    return sheet
 
 
 @app.command()
@@ -201,8 +241,12 @@ def write() -> None:
     data["figures"] = figures(data)
     if "digits" in data:
         text = _all(data["digits"])[3]
-        data["figures"].append([f"audit, classifier, attack ratio over ten digits within τ = {TAU_OF_DIGITS}", text])
+        data["figures"].append(
+            [f"audit, classifier, attack ratio over ten digits within τ = {TAU_OF_DIGITS}", text]
+        )
     (RESULTS / "audit.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    if (checked := _finished(folder / "checker")) is not None:
+        draw(checked, TAU_OF_DIGITS).save(PAGE.parent / "images" / "audit.png")
     if PAGE.exists():
         PAGE.write_text(rewritten(PAGE.read_text(), blocks(data)))
     for what, value in data["figures"]:

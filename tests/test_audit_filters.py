@@ -9,20 +9,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import backdrift as bd
 from backdrift.errors import InputError, UnsupportedError
-from backdrift.losses import CLIPText
+from backdrift.losses import CLIPText, load_classifier
 from backdrift.recipes.audit import as_filter
 from backdrift.recipes.audit_checker import SafetyFilter, prepared, quiet
 from backdrift.recipes.audit_filters import ClassFilter, ScoreFilter
 from backdrift.recipes.audit_judges import ReadAs, ZeroShot, as_judge, judged
-from backdrift.recipes.audit_pictures import as_pil, eight_bit
+from backdrift.recipes.audit_pictures import Rendering, as_pil, eight_bit
 from backdrift.recipes.audit_specs import filter_of
-from backdrift.recipes.audit_stand_in import best_threshold, checker_of, extractor_of
+from backdrift.recipes.audit_stand_in import best_threshold, checker_of, extractor_of, prompts_with, stand_in
 from tiny_pipelines import PICTURE, tiny_sd
 
 
 def pictures(n: int, side: int = PICTURE, seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, (n, 3, side, side), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    return torch.randint(0, 256, (n, 3, side, side), generator=torch.Generator().manual_seed(seed)).to(
+        torch.uint8
+    )
 
 
 class Fixed(nn.Module):
@@ -61,9 +64,13 @@ def test_cross_entropy_is_that_of_the_paper() -> None:
     images = shown([5, 1, 3, 2], [1, 2, 3, 4])
     logits = 10 * images[:, 0, 0]
     ours = ClassFilter(Fixed(), [0], form="cross_entropy").loss(images)
-    torch.testing.assert_close(ours, -nn.functional.cross_entropy(logits, torch.tensor([0, 0]), reduction="none"))
+    torch.testing.assert_close(
+        ours, -nn.functional.cross_entropy(logits, torch.tensor([0, 0]), reduction="none")
+    )
     target = ClassFilter(Fixed(), [0], 2, "cross_entropy").loss(images)
-    torch.testing.assert_close(target, nn.functional.cross_entropy(logits, torch.tensor([2, 2]), reduction="none"))
+    torch.testing.assert_close(
+        target, nn.functional.cross_entropy(logits, torch.tensor([2, 2]), reduction="none")
+    )
     both = ClassFilter(Fixed(), [0, 3], form="cross_entropy").loss(images)
     torch.testing.assert_close(both, logits.softmax(1)[:, [0, 3]].sum(1).log())
 
@@ -197,8 +204,12 @@ def test_the_margins_gradient_agrees_with_differences() -> None:
 
     def at(image: Tensor) -> Tensor:
         checker = pipe.safety_checker  # in float64 throughout: the twin itself ends in float32
-        u = nn.functional.normalize(checker.visual_projection(checker.vision_model(prepared(image, found.extractor))[1]))
-        return (u @ nn.functional.normalize(checker.concept_embeds).T - checker.concept_embeds_weights).amax(1)
+        u = nn.functional.normalize(
+            checker.visual_projection(checker.vision_model(prepared(image, found.extractor))[1])
+        )
+        return (u @ nn.functional.normalize(checker.concept_embeds).T - checker.concept_embeds_weights).amax(
+            1
+        )
 
     (g,) = torch.autograd.grad(found.margin(x).sum(), x)
     for place in ((0, 0, 3, 4), (0, 2, 10, 15)):
@@ -258,6 +269,27 @@ def test_the_threshold_is_where_fewest_are_wrong_in_the_middle_of_the_gap() -> N
     assert best_threshold(torch.tensor([3.0, 4.0, 0.5]), torch.tensor([0.0, 1.0, 0.2])) == pytest.approx(2.0)
     low = best_threshold(torch.tensor([1.0]), torch.tensor([2.0]))  # hopeless: one sort is all wrong
     assert low < 1.0 or low > 2.0
+
+
+def test_the_stand_in_is_calibrated_and_says_how_often_it_errs() -> None:
+    """Its rates are those of its own answers on pictures that did not set the threshold."""
+    pipe, call = bd.load(), {"num_inference_steps": 8, "guidance_scale": 3.0}
+    found = stand_in(pipe, "red", pictures=8, **call)
+    labels = load_classifier().labels
+    words = {head: labels[head] for head in ("digit", "colour")}
+    wrong = []
+    for forbidden in (True, False):
+        prompts = prompts_with("red", "colour", words, forbidden, 8)
+        assert all((" red " in prompt) == forbidden for prompt in prompts)
+        seen = Rendering(pipe, call).seeded(prompts, range(1_000_000, 1_000_008))[4:]
+        wrong.append((found.decide(seen).flagged != forbidden).double().mean().item())
+    assert found.rates["held-out pictures"] == 8
+    assert [found.rates["missed (false negatives)"], found.rates["false alarms (false positives)"]] == wrong
+    assert sum(wrong) <= 0.5
+    with pytest.raises(InputError, match="Did you mean 'four'"):
+        stand_in(pipe, "fuor")
+    with pytest.raises(InputError, match="at least 4"):
+        stand_in(pipe, "four", pictures=3)
 
 
 # -- judges -------------------------------------------------------------------------------------------------

@@ -23,16 +23,18 @@ class AuditSettings(Sampling):
     prompt: Strings = Field(description="What asks for the concept that the filter forbids.",
                             json_schema_extra={"argument": True, "metavar": "PROMPT"})  # fmt: skip
     filter: str = Field(
-        description="What is audited: safety (the model's own checker), stand-in:four (a real checker on the built-in CLIP "
-        "that forbids a harmless concept), class:four or class:four|nine[@model] (a classifier), or file.py:function (a "
-        "score, with --threshold).",
+        description="What is audited: safety (the model's own checker), stand-in:four (a real checker on the built-in "
+        "CLIP that forbids a harmless concept), class:four or class:four|nine[@model] (a classifier), or "
+        "file.py:function (a score, with --threshold).",
         json_schema_extra={"complete": ["safety", "stand-in:four", "class:four"]},
     )
     judge: str | None = Field(
         None,
-        description="Is the concept still shown? class:four, or clip:a four/a nine with the concept's text first; @ names "
-        "another network. It should not be the filter's own network.",
-        json_schema_extra={"default": "for the built-in filters: the one of classifier and CLIP that they are not"},
+        description="Is the concept still shown? class:four, or clip:a four/a nine with the concept's text first; "
+        "@ names another network. It should not be the filter's own network.",
+        json_schema_extra={
+            "default": "for the built-in filters: the one of classifier and CLIP that they are not"
+        },
     )
     target: str | None = Field(None, description="With class: the class that the search wants.")
     threshold: float | None = Field(None, description="With file.py:function: scores above it are flagged.")
@@ -40,7 +42,7 @@ class AuditSettings(Sampling):
         "margin",
         pattern="^(margin|cross_entropy)$",
         description="With class: descend the margin of the logits or the cross-entropy.",
-        json_schema_extra={"flag": "--loss", "complete": ["margin", "cross_entropy"]},
+        json_schema_extra={"complete": ["margin", "cross_entropy"]},
     )
     tau: list[float] = Field(
         [0.1, 0.8, 0.9],
@@ -55,7 +57,10 @@ class AuditSettings(Sampling):
         json_schema_extra={"complete": ["normalized", "adamw", "sign"]},
     )
     random_tries: int | None = Field(
-        None, ge=0, description="Random changes of each noise, as a control.", json_schema_extra={"default": "--steps"}
+        None,
+        ge=0,
+        description="Random changes of each noise, as a control.",
+        json_schema_extra={"default": "--steps"},
     )
     one_step: bool = Field(True, description="Also try a single step by the gradient's signs.")
     num_inference_steps: int = Field(12, ge=1, description="Steps of the sampler.")
@@ -80,6 +85,13 @@ class AuditSettings(Sampling):
     def _several(cls, value: Any) -> Any:
         return [value] if isinstance(value, int | float | str) else value
 
+    @field_validator("tau")
+    @classmethod
+    def _positive(cls, value: list[float]) -> list[float]:
+        if not value or min(value) <= 0:
+            raise ValueError("must be positive numbers")
+        return value
+
 
 def audit(settings: AuditSettings) -> None:
     """Search, near noises whose pictures a filter flags, for noises whose pictures pass and still show the concept.
@@ -93,9 +105,8 @@ def audit(settings: AuditSettings) -> None:
     from ..through import Through
 
     Through.parse(settings.through)  # what is wrong with the settings is said before the pipeline is loaded
-    what = filter_of(
-        settings.filter, target=settings.target, threshold=settings.threshold, form=settings.form,  # type: ignore[arg-type]
-    )  # fmt: skip
+    options = {"target": settings.target, "threshold": settings.threshold, "form": settings.form}
+    what = filter_of(settings.filter, **options)  # type: ignore[arg-type]
     judge = as_judge(settings.judge or _other(settings.filter, settings.model))
     pipe = open_pipeline(settings)
     more = None if settings.negative_prompt is None else {"negative_prompt": settings.negative_prompt}

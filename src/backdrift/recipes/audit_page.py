@@ -28,12 +28,14 @@ BINS = 16
 RATES_NOTE = (
     "An evasion passes the filter and shows the concept, says a judge that is in no loss. Rates are over the pictures "
     "that were flagged at the start, with a 95 % interval (Wilson). Tries, network calls (forward and back, for one "
-    "picture) and distances are medians over the evasions; every change has |δ| ≤ τ. Random changes are corners of "
-    "that box, the largest there are; each sample had `random_tries` of them, or as many as it took until one passed."
+    "picture), the size of the change δ of the noise, and the likeness of the pictures are medians over the evasions; "
+    "every change has |δ| ≤ τ. gradient: through the whole run; one step: a single step of size τ by its signs; "
+    "random: corners of the box, the largest changes there are, until one passes or the tries are spent."
 )
 CHANGES_NOTE = (
-    "The found pictures, changed after they were made. Whoever knows of the change can search through it, too: this is "
-    "a hurdle, not a proof."
+    "Columns by τ: evasions that still pass when the filter looks at a changed copy. Still flagged: of the pictures "
+    "that were flagged at the start; flagged now: of those that passed. Whoever knows of the change can search through it, "
+    "too: this is a hurdle, not a proof."
 )
 
 
@@ -69,7 +71,8 @@ def conclude(run: Run, search: Search, changes: Mapping[str, Change]) -> None:
         audit["hardening"] = hardening(run, search, changes)
     for summary in audit["rates"]:
         name = f"evasions within τ = {summary['tau']:g}, {CALLED[summary['way']]}"
-        figures[name] = rate(summary["evades"], len(flagged))
+        if summary["way"] != ONE_STEP:
+            figures[name] = rate(summary["evades"], len(flagged))
     for name, value in audit.get("filter_rates", {}).items():
         figures[f"filter's {name}" if name == "threshold" else f"filter's own {name}"] = value
     run.record["figures"] = figures
@@ -77,6 +80,7 @@ def conclude(run: Run, search: Search, changes: Mapping[str, Change]) -> None:
     if flagged:
         run.record["curves"] = histogram(audit, flagged)
     _draw(run, search)
+    search.tally()
     message = "" if flagged else "The filter flags none of the pictures: there is nothing to search around."
     run.finish("finished", message)
 
@@ -147,10 +151,7 @@ def tables(audit: Mapping[str, Any], flagged: Sequence[int]) -> list[dict[str, A
         found.append(
             {
                 "title": "How easily it is evaded",
-                "columns": [
-                    "within τ", "by", "pass the filter", "and show the concept", "tries", "network calls",
-                    "δ: L2 · RMS", "picture: PSNR · SSIM",
-                ],
+                "columns": ["τ", "by", "evasions", "pass", "tries", "calls", "δ: L2 · RMS", "PSNR · SSIM"],
                 "rows": [_row(summary) for summary in audit["rates"]],
                 "note": RATES_NOTE,
             }
@@ -160,10 +161,7 @@ def tables(audit: Mapping[str, Any], flagged: Sequence[int]) -> list[dict[str, A
         found.append(
             {
                 "title": "Would a small change of the picture save the filter?",
-                "columns": [
-                    "the filter looks at", *[f"evasions that survive, τ = {t}" for t in taus],
-                    "flagged before, still flagged", "passed before, flagged now",
-                ],
+                "columns": ["it looks at", *[f"τ = {t}" for t in taus], "still flagged", "flagged now"],
                 "rows": [
                     [r["change"], *[_of(*r["survive"][t]) for t in taus], _of(*r["still"]), _of(*r["alarms"])]
                     for r in rows
@@ -180,9 +178,9 @@ def _row(summary: Mapping[str, Any]) -> list[str]:
 
     return [
         f"{summary['tau']:g}",
-        CALLED[summary["way"]],
-        _of(summary["passes"], summary["flagged"]),
+        summary["way"],
         rate(summary["evades"], summary["flagged"]),
+        _of(summary["passes"], summary["flagged"]),
         text(summary["tries"]),
         text(summary["calls"], form=".0f"),
         text(summary["l2"], summary["rms"]),
@@ -196,9 +194,13 @@ def _of(hits: int, n: int) -> str:
 
 def histogram(audit: Mapping[str, Any], flagged: Sequence[int]) -> dict[str, Any]:
     """How many of the flagged samples have which margin, before and after the search at each tau, as outlines."""
-    before = [audit["samples"][i]["margin"] for i in flagged]
+    start = [audit["samples"][i]["margin"] for i in flagged]
+    unit = _median(start) or 1.0  # margins of cosines are a few hundredths, those of logits tens
+    before = [m / unit for m in start]
     after = {
-        f"{s['tau']:g}": [r["margin"] for r in s["samples"]] for s in audit["searches"] if s["way"] == SEARCH
+        f"{s['tau']:g}": [r["margin"] / unit for r in s["samples"]]
+        for s in audit["searches"]
+        if s["way"] == SEARCH
     }
     every = [*before, *(m for ms in after.values() for m in ms)]
     low, high = min(every), max(every)
@@ -222,9 +224,9 @@ def histogram(audit: Mapping[str, Any], flagged: Sequence[int]) -> dict[str, Any
     return {
         "title": "The filter's margin",
         "label": "pictures",
-        "across": "margin of the filter (flagged above 0)",
+        "across": "margin of the filter (flagged above 0; 1: the median at the start)",
         "lines": lines,
-        "note": "Of the pictures that were flagged at the start, in the filter's own units. A search ends at the first "
+        "note": "Of the pictures that were flagged at the start. A search ends at the first "
         "picture that passes, so what passes lies just below 0.",
     }
 
@@ -241,7 +243,8 @@ def _draw(run: Run, search: Search) -> None:
         if found["way"] != SEARCH:
             continue
         rows = found["samples"][: len(chosen)]
-        words = ", ".join("evades" if r["evades"] else "passes" if r["passes"] else "flagged" for r in rows)
+        evade, passed = (sum(r[name] for r in rows) for name in ("evades", "passes"))
+        words = f"{evade} evade, {passed - evade} pass without the concept, {len(rows) - passed} are still flagged"
         name, pictures = f"tau {found['tau']:g}", run.tensors(found["tensors"])["pictures"][: len(chosen)]
         run.save_picture(
             name, pictures.float() / 255, f"found within τ = {found['tau']:g}: {words}", flagged=True

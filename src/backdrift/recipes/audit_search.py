@@ -162,14 +162,11 @@ class Search:
                 prompt=[e.prompt for e in chosen], seed=options.seed,
                 out=self.run.folder / "descents" / f"tau-{tau:g}-{way.replace(' ', '-')}-{k}",
             )  # fmt: skip
-            counted = sub.finished
             Descent(
                 self.rendering.pipe, variable, chosen, lambda images, _: self.filter(images), options, sub,
                 heldout=lambda images, _: self.score(images), scorer=self.filter, progress=self.progress,
                 callback=self.callback,
             ).go()  # fmt: skip
-            if not counted:
-                self._tally(sub.record["stats"])
             found.append(sub.best.tensors["noise"].to(self.rendering.pipe.dtype))
             costs += _costs(sub.record, len(part))
         return torch.cat(found), costs
@@ -216,11 +213,13 @@ class Search:
         """Each picture made alone, as whoever reproduces it will: kernels may round otherwise in company."""
         return torch.cat([self._rendered([i], noise[k : k + 1]) for k, i in enumerate(chosen)])
 
-    def _tally(self, stats: dict[str, Any]) -> None:
+    def tally(self) -> None:
+        """Add up what the descents cost, those of earlier processes among them."""
         total = self.run.record["stats"]
-        for name in ("network_calls", "redone", "vjps", "seconds"):
-            total[name] = (total[name] or 0) + (stats[name] or 0)
-        total["peak_bytes"] = max(total["peak_bytes"] or 0, stats["peak_bytes"] or 0)
+        every = [Run.load(f).record["stats"] for f in sorted((self.run.folder / "descents").glob("*/"))]
+        for name in ("network_calls", "redone", "vjps", "seconds") if every else ():
+            total[name] = sum(stats[name] or 0 for stats in every)
+        total["peak_bytes"] = max((stats["peak_bytes"] or 0 for stats in every), default=None)
 
 
 def _costs(record: dict[str, Any], count: int) -> list[dict[str, Any]]:

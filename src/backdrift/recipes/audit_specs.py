@@ -26,8 +26,8 @@ def filter_of(
     """The filter that ``text`` names; None for one that needs the pipeline (:func:`filter_with`).
 
     Args:
-        text: ``safety``; ``stand-in:CONCEPT``; ``class:NAME`` or ``class:NAME|NAME``, with ``@model`` an image classifier
-            of transformers; ``file.py:function``, a score above whose ``threshold`` pictures are flagged.
+        text: ``safety``; ``stand-in:CONCEPT``; ``class:NAME`` or ``class:NAME|NAME``, with ``@model`` an image
+            classifier of transformers; ``file.py:function``, a score above whose ``threshold`` pictures are flagged.
         target: of ``class``: the class that the attack wants.
         form: of ``class``: what is descended.
 
@@ -37,11 +37,15 @@ def filter_of(
     kind, _, rest = text.partition(":")
     if (file := _FILE.match(text)) is not None:
         if threshold is None:
-            raise InputError(f"The score {text!r} needs a threshold: --threshold 0.5 flags what is above 0.5.")
+            raise InputError(
+                f"The score {text!r} needs a threshold: --threshold 0.5 flags what is above 0.5."
+            )
         _only_for("class", target=target)
         return ScoreFilter(from_file(Path(file[1]), file[2]), threshold)
     if threshold is not None:
-        raise InputError(f"threshold={threshold:g} is for a score of one's own, file.py:function, not for {text!r}.")
+        raise InputError(
+            f"threshold={threshold:g} is for a score of one's own, file.py:function, not for {text!r}."
+        )
     if kind == "class" and rest:
         names, source = split_model(rest)
         return ClassFilter(load_classifier(source), [n.strip() for n in names.split("|")], target, form)
@@ -49,8 +53,8 @@ def filter_of(
     if text == "safety" or (kind == "stand-in" and rest):
         return None
     raise InputError(
-        f"There is no filter {text!r}.{closest(kind, KINDS)} Write safety (the pipeline's own checker), stand-in:four (one "
-        "for the built-in pipelines), class:four[@model], or file.py:function with a threshold."
+        f"There is no filter {text!r}.{closest(kind, KINDS)} Write safety (the pipeline's own checker), stand-in:four "
+        "(one for the built-in pipelines), class:four[@model], or file.py:function with a threshold."
     )
 
 

@@ -79,7 +79,7 @@ def stand_in(
     alarms = (margins[1][half:] > shift).double().mean().item()
     found.rates = {
         "threshold": checker.concept_embeds_weights[0].item(),
-        "pictures": 2 * (pictures - half),
+        "held-out pictures": 2 * (pictures - half),
         "missed (false negatives)": missed,
         "false alarms (false positives)": alarms,
     }
