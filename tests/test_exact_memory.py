@@ -61,7 +61,8 @@ def test_memory_is_one_steps_plus_the_latents_however_many_steps(weights: bool) 
     peaks = {n: peak_of_run(network, x, n, Exact("min")) for n in (4, 64)}
     for n, peak in peaks.items():
         assert peak <= 1.05 * step + (n + 4) * x.nbytes, (n, peak, step)
-    # Each further step adds its latent, 64 entries of its output and a few scalars, nothing that scales with the network.
+    # Each further step adds its latent, 64 entries of its output and a few scalars: nothing that the network's size
+    # shows in.
     assert peaks[64] - peaks[4] <= 60 * (x.nbytes + 64 * 4 + 64)
     plain = {n: peak_of_run(network, x, n, Plain()) for n in (4, 16)}
     assert plain[16] - plain[4] > 12 * 5 * x.nbytes  # the yardstick does see activations

@@ -19,7 +19,7 @@ FLOORS: list[set[str]] = [
     {"accelerators"},
     {"_version", "errors", "nests", "parking", "residence", "stats", "suggest", "versions"},
     {"ambient", "budget", "carried", "curves", "files", "predictions", "scalars", "through"},
-    {"schedules", "pictures", "trace", "weights"},
+    {"schedules", "pictures", "trace", "weights", "repeats"},
     {"conditioning"},
     {"grids", "denoiser", "noises"},
     {"host"},

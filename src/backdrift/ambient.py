@@ -25,11 +25,11 @@ def _switches() -> list[Switch]:
         (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
         (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
         (cuda.math_sdp_enabled, cuda.enable_math_sdp),
-        _unless_set_apart(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+        _MATMUL,
         (lambda: cudnn.enabled, lambda v: setattr(cudnn, "enabled", v)),
         (lambda: cudnn.benchmark, lambda v: setattr(cudnn, "benchmark", v)),
         (lambda: cudnn.deterministic, lambda v: setattr(cudnn, "deterministic", v)),
-        _unless_set_apart(lambda: cudnn.allow_tf32, lambda v: setattr(cudnn, "allow_tf32", v)),
+        _CUDNN_TF32,
         (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
         (torch.get_default_dtype, torch.set_default_dtype),
     ]
@@ -69,20 +69,20 @@ def _of_cublas(name: str) -> Switch:
     return read, lambda value: write(*value) if isinstance(value, tuple) else write(value)
 
 
-# What holds for all comes first: the others follow it.
-_PRECISIONS = (
-    [
-        _precision(*at)
-        for at in (
-            ("generic", "all"),
-            *((kind, op) for kind in ("cuda", "mkldnn") for op in ("all", "matmul", "conv", "rnn")),
-        )
-    ]
-    if hasattr(torch._C, "_get_fp32_precision_getter")
-    else []
+_MATMUL = _unless_set_apart(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision)
+_CUDNN_TF32 = _unless_set_apart(
+    lambda: torch.backends.cudnn.allow_tf32, lambda v: setattr(torch.backends.cudnn, "allow_tf32", v)
 )
+# What holds for all comes first: the others follow it.
+_PLACES = (
+    ("generic", "all"),
+    *((kind, op) for kind in ("cuda", "mkldnn") for op in ("all", "matmul", "conv", "rnn")),
+)
+_PRECISIONS = [_precision(*at) for at in _PLACES] if hasattr(torch._C, "_get_fp32_precision_getter") else []
 # The older settings come last: writing one sets operations apart that followed what holds for all of them.
 _SWITCHES = _PRECISIONS + _switches()
+# The distance from 1 to the next number where float32 is computed in something coarser: TF32, or bfloat16.
+_COARSER = {"tf32": 2.0**-10, "high": 2.0**-10, "bf16": 2.0**-7, "medium": 2.0**-7}
 
 
 @contextmanager
@@ -126,6 +126,35 @@ class Ambient:
     def autocast_dtypes(self) -> set[torch.dtype]:
         """What autocast computes in, on the device types where it is on."""
         return {dtype for _, enabled, dtype in self._autocast if enabled}
+
+    def spacing(self, dtypes: Iterable[torch.dtype]) -> float:
+        """The distance from 1 to the next number, in the coarsest arithmetic of a call on these dtypes made here.
+
+        Autocast and TF32 count. Integers of one byte stand for quantised weights, and they and float8, whose products
+        are added up in something finer, count as bfloat16.
+        """
+        found = [torch.finfo(torch.float64).eps]
+        for dtype in {*dtypes, *self.autocast_dtypes}:
+            if dtype in (torch.int8, torch.uint8):
+                found.append(_COARSER["bf16"])
+            elif dtype.is_floating_point or dtype.is_complex:
+                found.append(min(torch.finfo(dtype).eps, _COARSER["bf16"]))
+                if dtype in (torch.float32, torch.complex64):
+                    found += self._coarser()
+        return max(found)
+
+    def _coarser(self) -> list[float]:
+        """What float32 may have been computed in."""
+        there = bool(self._accelerators)
+        newer = zip(_PLACES, self._switches[: len(_PRECISIONS)], strict=False)
+        said = [value for (kind, _), value in newer if there or kind != "cuda"]
+        older = zip(_SWITCHES, self._switches, strict=True)
+        said += [
+            "tf32" if value is True else value
+            for pair, value in older
+            if pair is _MATMUL or (there and pair is _CUDNN_TF32)
+        ]
+        return [_COARSER[value] for value in said if value in _COARSER]
 
     def settle(self) -> None:
         """After the call: if it drew no random numbers, a redo need not touch the generators, which other

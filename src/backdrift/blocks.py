@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from .ambient import Ambient
 from .errors import InputError, StateChangedError
+from .repeats import Glimpse, Repeats, differs
 from .residence import Place, Residence
 from .weights import Weights
 
@@ -52,7 +53,7 @@ def install(module: nn.Module, level: Level, residence: Residence | None = None)
     Args:
         residence: of a network whose weights are on the device for its calls only.
     """
-    group = _Group(residence)
+    group = _Group(residence, type(module).__name__)
     found = units(module, level)
     for name, unit in found:
         wrap(name, unit, group)
@@ -125,14 +126,18 @@ def _layers(module: nn.Module) -> int:
     return bool(module._parameters) + sum(_layers(child) for child in module.children())
 
 
+_REMEDY = 'use memory="max", which leaves the blocks whole'
+
+
 class _Group:
     """The units of one network: what one has left over in a backward pass is let go when the next is redone."""
 
-    def __init__(self, residence: Residence | None) -> None:
+    def __init__(self, residence: Residence | None, network: str = "") -> None:
         # The call that a unit is redone for holds it; a unit's module is in a cycle, which only the collector frees.
         self.residence = None if residence is None else weakref.ref(residence)
         self.turns = None if residence is None else residence.turns
         self.last: weakref.ref[_Pass] | None = None
+        self.network, self.repeats = network, Repeats()
 
     def begin(self, redone: _Pass, task: int) -> None:
         before = self.last() if self.last is not None else None
@@ -204,12 +209,15 @@ class _Pass:
         self.ambient = Ambient([x for x in leaves if not (isinstance(x, torch.Tensor) and x.is_meta)])
         self.count = 0
         self.made: dict[int, list[torch.Tensor | None]] = {}
+        self.seen: Glimpse | None = None
         anchor = torch.empty(0, requires_grad=True)
-        self.hold: Any = _Hold.apply(anchor, *(t.detach() for t in tensors)).grad_fn
+        # The tensor, too: before torch 2.5 a node whose output has died gives up what it saved.
+        self.hold = _Hold.apply(anchor, *(t.detach() for t in tensors))
 
     def first(self, args: Any, kwargs: Any) -> Any:
         with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
             out = self.unit.forward(*args, **kwargs)
+        self.seen = Glimpse.of(out)
         self.ambient.settle()
         return out
 
@@ -245,7 +253,9 @@ class _Pass:
         return tensor
 
     def _redo(self, task: int) -> list[torch.Tensor | None]:
-        inputs = self.hold.saved_tensors  # asks the hooks around the unit: they may redo the whole call
+        inputs = (
+            self.hold.grad_fn.saved_tensors
+        )  # asks the hooks around the unit: they may redo the whole call
         self.unit.group.begin(self, task)
         leaves = list(self.others)
         for place, tensor, flag in zip(self.places, inputs, self.flags, strict=True):
@@ -271,17 +281,22 @@ class _Pass:
             self.ambient.restored(),
             torch.autograd.graph.saved_tensors_hooks(keep, _same),
         ):
-            self.unit.forward(*args, **kwargs)
+            again = Glimpse.of(self.unit.forward(*args, **kwargs))
         if len(store) != self.count:
             raise self._differs(f"{len(store)} saved tensors where there were {self.count}")
+        if self.seen is not None:
+            self.weights.check()  # a better name for the same thing
+            spacing = self.ambient.spacing(self.weights.dtypes | self.seen.dtypes)
+            self.unit.group.repeats.compare(self.seen, again, spacing, self._who(), _REMEDY)
         self.made[task] = store
         return store
 
     def _differs(self, how: str) -> StateChangedError:
-        return StateChangedError(
-            f"{self.unit.name} did not repeat itself in the backward pass ({how}): something that it reads outside "
-            "its arguments and weights has changed. Keep that fixed, or leave the blocks whole"
-        )
+        return differs(self._who(), how, _REMEDY)
+
+    def _who(self) -> str:
+        network = self.unit.group.network
+        return f"{network}'s {self.unit.name}" if network else self.unit.name
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

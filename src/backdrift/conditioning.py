@@ -67,11 +67,14 @@ class Branch:
             the two as a tuple.
         paired: whether the call holds both halves of a guided batch.
         moving: whether the conditioning has to be made anew for each call.
+        witness: is told what the network itself has returned, one row for each of its own: before guidance, which
+            magnifies rounding.
     """
 
     cond: Any
     paired: bool
     moving: bool = False
+    witness: Callable[[torch.Tensor], None] | None = None
 
     def at(self, t: Scalar, batch: int) -> Any:
         """The network's conditioning at time ``t`` for a state of ``batch`` rows.

@@ -154,6 +154,8 @@ class Denoiser:
         ):
             rows_in = torch.cat([inputs, inputs]) if paired else inputs
             out = self._tensor(self.network(rows_in, times, branch.at(t, len(x))))
+        if branch.witness is not None:
+            branch.witness(out)
         if version != version_of(x):
             raise InputError(
                 "the network edits its input in place, which is the run's own state: let it begin with x = x.clone(), "

@@ -2,7 +2,8 @@
 
 While the call runs, every tensor that autograd saves is replaced in the graph by a small `_Ticket`. The
 tensor stays on the ticket until the ledger *drops* the frame; a dropped frame's tensors come back by running
-the call again when the backward pass first asks for one. The graph itself is the one that plain autograd
+the call again when the backward pass first asks for one, and what that gives is compared with what the call gave
+(:mod:`~backdrift.repeats`). The graph itself is the one that plain autograd
 builds, node by node, which is why gradients are equal bit for bit whatever is dropped.
 """
 
@@ -20,11 +21,15 @@ from torch.utils import _pytree as pytree
 from .ambient import Ambient
 from .errors import StateChangedError
 from .parking import Parked, View, parkable
+from .repeats import Glimpse, differs
 from .residence import Place, Turns
 from .weights import Weights
 
 if TYPE_CHECKING:
     from .memory import Ledger
+
+
+_REMEDY = 'use memory="max", which redoes nothing'
 
 
 class _Ticket:
@@ -73,6 +78,7 @@ class Frame:
         self.nbytes = 0
         self.dropped = False
         self.remade: dict[int, list[tuple[torch.Tensor, int] | None]] = {}
+        self._seen: Glimpse | None = None
         self._lent: list[weakref.ref[_Ticket]] = []  # those that hold arguments
         self._permanent = weights.storages | {t.untyped_storage()._cdata for t in self.tensors}
         self._counted: set[int] = set()
@@ -145,6 +151,10 @@ class Frame:
         self.ambient.settle()
         self._addresses.clear()
         self._counted.clear()
+
+    def returned(self, out: Any) -> None:
+        """It has returned this, which a redo will have to give too."""
+        self._seen = Glimpse.of(out)
 
     def alive(self) -> set[int]:
         """The storages that tickets still hold."""
@@ -257,17 +267,21 @@ class Frame:
         ):
             # To its end, past the last tensor that is needed: networks put back what they change only there
             # (diffusers rescales LoRA layers for the length of a call).
-            self.fn(*args, **kwargs)
+            again = Glimpse.of(self.fn(*args, **kwargs))
         if position != len(tickets):
             raise self._differs(f"{position} saved tensors where there were {len(tickets)}")
+        if self._seen is not None:
+            spacing = self.ambient.spacing(self.weights.dtypes | self._seen.dtypes)
+            self.ledger.repeats.compare(self._seen, again, spacing, self._who(), _REMEDY)
         self.remade[task] = store
         return store
 
     def _differs(self, how: str) -> StateChangedError:
-        return StateChangedError(
-            f"a network call did not repeat itself in the backward pass ({how}): something that it reads "
-            'outside its arguments and weights has changed. Keep that fixed, or use memory="max"'
-        )
+        return differs(self._who(), how, _REMEDY)
+
+    def _who(self) -> str:
+        names = [name or type(module).__name__ for name, module in self.weights.modules]
+        return f"a call of {', '.join(names)}" if names else "a network call"
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

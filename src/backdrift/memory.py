@@ -24,6 +24,7 @@ from .errors import BudgetError
 from .frames import Frame
 from .holdings import Holdings
 from .passes import Passes, Watch
+from .repeats import Repeats
 from .residence import Turns
 from .shortage import Shortage
 from .stats import RunStats
@@ -108,6 +109,7 @@ class Ledger:
         self._gradients = 0  # their sum
         self._inside = threading.local()
         self._passes = Passes(self.stats, self._holdings, self.lock)
+        self.repeats = Repeats()
 
     def call(
         self,
@@ -135,7 +137,8 @@ class Ledger:
 
         Raises:
             BudgetError: the budget is too small for this call; names the smallest that works for it.
-            StateChangedError: in the backward pass, if weights, arguments, adapters or flags have changed.
+            StateChangedError: in the backward pass, if weights, arguments, adapters or flags have changed, or if a
+                redone call gives something else (:mod:`~backdrift.repeats`).
         """
         if not torch.is_grad_enabled() or getattr(self._inside, "call", False):
             return fn(*args, **kwargs)
@@ -237,6 +240,7 @@ class Ledger:
         try:
             with torch.autograd.graph.saved_tensors_hooks(frame.pack, frame.unpack):
                 out = frame.fn(*args, **kwargs)
+            frame.returned(out)
         finally:
             self.running = None
             frame.finish()

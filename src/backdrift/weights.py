@@ -149,6 +149,7 @@ class Weights:
         self.data = [self._at_home(t.data) for t in self.tensors]
         self.addresses = [t.data_ptr() for t in self.data]
         self.devices = frozenset(t.device for t in self.data)
+        self.dtypes = frozenset(t.dtype for t in self.data)
         self.training = [m.training for m in self.holders]
         self.adapters = Adapters(self.modules)
         self.carrier = Carrier(self.holders)

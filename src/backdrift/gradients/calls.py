@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,12 +14,24 @@ from .. import nests
 from ..ambient import Ambient
 from ..carried import Carried
 from ..conditioning import Branch
+from ..repeats import Glimpse
 from ..weights import Weights
 from .accumulate import Sums
 from .base import Job
 from .context import NetworkContext
 from .reach import sequence_number
 from .replay import Trace
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What was seen of one network call: its state and the network's output; and what else it depended on."""
+
+    x: Glimpse | None
+    branch: Branch
+    ambient: Ambient
+    carried: Carried | None
+    out: Glimpse | None
 
 
 class Calls:
@@ -31,6 +44,7 @@ class Calls:
         context: what the calls share.
         interval: the interval being stepped; the forward loop sets it.
         made: state, time and output of this interval's evaluations, while :attr:`recording`.
+        noting: whether a few entries of the evaluations are kept, for :meth:`again` to see that it gives the same.
     """
 
     def __init__(self, job: Job) -> None:
@@ -38,11 +52,13 @@ class Calls:
         self.context = NetworkContext(job.model, job.cond, len(job.x))
         self.interval = 0
         self.recording = False
+        self.noting = True
         self.made: list[tuple[Tensor, float, Tensor]] = []
         self._opened = not torch.is_grad_enabled()
         self._ambients: dict[int, list[Ambient]] = {}
         self._carried: dict[int, list[Carried | None]] = {}
         self._weights: dict[int, Weights] = {}
+        self._seen: dict[float, list[_Seen]] = {}  # by time
         self._last: Ambient | None = None
 
     @property
@@ -82,10 +98,10 @@ class Calls:
             self.stats.calls_forward += 1
             self._ambients[self.interval].append(self._surroundings(x, branch))
             self._carried[self.interval].append(self.context.carried())
-            if self._opened:
-                outputs.append(self.model.run(x, t, branch))
-            else:
-                outputs.append(self._open(x, t, branch))
+            out, seen = self.context.run(x, branch, t) if self._opened else self._open(x, t, branch)
+            outputs.append(out)
+            if self.noting:
+                self._seen.setdefault(t, []).append(self._noted(x, branch, self.interval, -1, seen))
         out = self.model.combine(outputs)
         if self.recording:
             self.made.append((x, t, out))
@@ -99,7 +115,9 @@ class Calls:
             for i, branch in enumerate(self.branches(interval)):
                 self.stats.calls_redone += 1
                 with self._as_it_was(interval, i):
-                    outputs.append(self.model.run(x, t, branch))
+                    out, seen = self.context.run(x, branch, t)
+                outputs.append(out)
+                self._check_repeats(t, self._noted(x, branch, interval, i, seen))
         return self.model.combine(outputs)
 
     def again(
@@ -115,7 +133,8 @@ class Calls:
             timed: whether the derivative by ``t`` is wanted too.
 
         Raises:
-            StateChangedError: weights, modes or conditioning have changed since.
+            StateChangedError: weights, modes or conditioning have changed since; or this is the forward pass's own
+                evaluation, at its state and time, and the network gives something else.
             MissingGradientError: the network uses a tensor that it did not use in the run's first call.
         """
         t = self.model.check_time(t)
@@ -132,16 +151,30 @@ class Calls:
                 floor = sequence_number()
                 traces.append(context.trace(x.detach().requires_grad_(), branch, time_))
             context.check_reach(traces[-1], floor)
+            self._check_repeats(t, self._noted(x, branch, interval, first + i, traces[-1].seen))
         self.stats.seconds_redone += time.perf_counter() - start
         return Evaluation(self, traces)
 
-    def _open(self, x: Tensor, t: float, branch: Branch) -> Tensor:
+    def _open(self, x: Tensor, t: float, branch: Branch) -> tuple[Tensor, Glimpse | None]:
         self._opened = True
         with torch.enable_grad():
             floor = sequence_number()
             trace = self.context.trace(x.detach().requires_grad_(), branch, t)
         self.context.adopt(trace, floor)
-        return trace.out.detach()
+        return trace.out.detach(), trace.seen
+
+    def _noted(self, x: Tensor, branch: Branch, interval: int, number: int, out: Glimpse | None) -> _Seen:
+        """What is seen of a call in the surroundings of the interval's call of that number."""
+        surroundings = self._ambients[interval][number], self._carried[interval][number]
+        return _Seen(Glimpse.of(x), branch, *surroundings, out)
+
+    def _check_repeats(self, t: float, now: _Seen) -> None:
+        """Compare with the forward pass's calls that were the same one: at this state and time, in surroundings that
+        are equal. Methods also ask at states of their own, where there is nothing to compare with."""
+        for then in self._seen.get(t, ()):
+            alike = then.branch is now.branch and then.ambient is now.ambient and then.carried is now.carried
+            if alike and then.x is not None and now.x is not None:
+                self.context.check_repeats(then.out, now.out, then.ambient, states=(then.x, now.x))
 
     @contextmanager
     def _as_it_was(self, interval: int, number: int) -> Iterator[None]:

@@ -11,15 +11,19 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from .. import nests
+from ..ambient import Ambient
 from ..carried import Carried
 from ..conditioning import Branch, moves
 from ..denoiser import Denoiser
 from ..errors import MissingGradientError, StateChangedError
+from ..repeats import Glimpse, Repeats
 from ..scalars import Scalar
 from ..versions import version_of
 from ..weights import Weights
 from .reach import describe, modules_of, reach
 from .replay import Trace
+
+_REMEDY = 'use gradient=Plain() or Exact(memory="max"), which redo nothing'
 
 
 class NetworkContext:
@@ -39,6 +43,7 @@ class NetworkContext:
         self.thread = threading.get_ident()
         # Where the names of tensors are looked for.
         self.holders = [model.network, *(c for c in (model.uncond, cond) if moves(c))]
+        self._repeats = Repeats()
 
     @property
     def shared(self) -> list[Tensor]:
@@ -53,6 +58,33 @@ class NetworkContext:
         """What the network carries in its buffers now; to be asked right before a call."""
         return self.snapshot().carried()
 
+    def run(self, x: Tensor, branch: Branch, t: Scalar) -> tuple[Tensor, Glimpse | None]:
+        """The network call, and what is seen of the network's own output."""
+        seen: list[Glimpse | None] = []
+        out = self.model.run(x, t, replace(branch, witness=lambda rows: seen.append(Glimpse.of(rows))))
+        return out, seen[-1] if seen else None
+
+    def check_repeats(
+        self,
+        first: Glimpse | None,
+        again: Glimpse | None,
+        ambient: Ambient,
+        states: tuple[Glimpse, Glimpse] | None = None,
+    ) -> None:
+        """Raise if a redone call's output is another one; on an accelerator, when the backward pass ends.
+
+        Args:
+            first, again: what was seen of the two.
+            ambient: the first one's.
+            states: what was seen of the states that they were given, where these may be different ones.
+        """
+        if first is None:
+            return
+        network = self.model.network
+        name = getattr(network, "__name__", type(network).__name__)
+        spacing = ambient.spacing(self.weights.dtypes | first.dtypes)
+        self._repeats.compare(first, again, spacing, f"a call of {name}", _REMEDY, states=states)
+
     def trace(self, x: Tensor, branch: Branch, t: Scalar) -> Trace:
         """The network call with a graph of its own: leaves in place of x, the conditioning, and a tensor ``t``."""
         stand_ins = {id(c): c.detach().requires_grad_() for c in self.trained_conds}
@@ -60,8 +92,8 @@ class NetworkContext:
             leaf = x.detach().requires_grad_(x.requires_grad)
             cond = nests.transform(lambda c: stand_ins.get(id(c), c), branch.cond)
             time = t.detach().requires_grad_() if isinstance(t, Tensor) else None
-            out = self.model.run(leaf, t if time is None else time, replace(branch, cond=cond))
-        return Trace(out, leaf, [*stand_ins.values(), *self.leaves], time)
+            out, seen = self.run(leaf, replace(branch, cond=cond), t if time is None else time)
+        return Trace(out, leaf, [*stand_ins.values(), *self.leaves], time, seen)
 
     def adopt(self, trace: Trace, floor: int) -> None:
         """See to it that nothing the first call reaches is left without a gradient.

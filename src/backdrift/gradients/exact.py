@@ -16,6 +16,7 @@ from ..conditioning import Branch
 from ..denoiser import Denoiser
 from ..errors import BudgetError
 from ..memory import MemoryPlan
+from ..repeats import Glimpse
 from ..stats import RunStats
 from .base import Evaluator, GradientMethod
 from .context import NetworkContext
@@ -44,7 +45,8 @@ class Exact(GradientMethod):
 
     In the backward pass :class:`~backdrift.errors.StateChangedError` is raised where the redone call would not be
     the first one: a weight, the conditioning, an adapter, a requires_grad flag or a module's train/eval mode has
-    changed. Second derivatives are refused (:class:`~backdrift.errors.UnsupportedError`).
+    changed, or its output is another one, as where a network counts its calls (:mod:`~backdrift.repeats`). Second
+    derivatives are refused (:class:`~backdrift.errors.UnsupportedError`).
     """
 
     takes_pairs = by_times = True
@@ -75,16 +77,17 @@ class _NetworkCall:
         self.carried = carried
         self.weights = context.snapshot()
         self.kept: Trace | None = None
+        self.seen: Glimpse | None = None
 
     def first(self, x: Tensor) -> Tensor:
-        if self.kept is not None:  # the run's first call was traced to see what it reaches
-            out = self.kept.out.detach()
-            self.kept = self.kept if self.keep else None
+        trace = self.kept  # the run's first call was traced to see what it reaches
+        if trace is None and not self.keep:
+            out, self.seen = self.context.run(x, self.branch, self.t)
             return out
-        if not self.keep:
-            return self.context.model.run(x, self.t, self.branch)
-        self.kept = self.context.trace(x, self.branch, self.t)
-        return self.kept.out.detach()
+        if trace is None:
+            trace = self.context.trace(x, self.branch, self.t)
+        self.kept, self.seen = trace if self.keep else None, trace.seen
+        return trace.out.detach()
 
     def check(self) -> None:
         self.context.check_unchanged(self.weights)
@@ -95,6 +98,7 @@ class _NetworkCall:
             floor = sequence_number()
             trace = self.context.trace(x, self.branch, self.t)
         self.context.check_reach(trace, floor)
+        self.context.check_repeats(self.seen, trace.seen, self.ambient)
         return trace
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from ..errors import UnsupportedError
+from ..repeats import Glimpse
 from ..stats import RunStats
 
 Sums = list[Tensor | None]
@@ -31,12 +32,13 @@ Sums = list[Tensor | None]
 @dataclass
 class Trace:
     """A network call with its graph: ``out``, computed from the leaf ``x``, the shared tensors' ``leaves``, and the
-    leaf ``t`` where a gradient by the time is wanted."""
+    leaf ``t`` where a gradient by the time is wanted; and what was ``seen`` of the network's own output."""
 
     out: Tensor
     x: Tensor
     leaves: list[Tensor]
     t: Tensor | None = None
+    seen: Glimpse | None = None
 
 
 class NetworkCall(Protocol):

@@ -79,6 +79,8 @@ class _ReversibleRun(Way):
         inner = self.plan.floating().pairs(inside, self.calls, self._interval)
         outer, token, record = torch.stack(pair), None, Record()
         for index in range(self.count):
+            # A way back comes to states of the forward pass's own only here: nothing else is to be kept.
+            self.calls.noting = job.trajectory or index + 1 in self.marks
             with torch.no_grad():
                 end = next(inner)
             if index == 0 and torch.is_grad_enabled():
