@@ -299,9 +299,9 @@ def _unseen_noise(pipe: Any, salt: int) -> Tensor:
 
 
 def test_the_loss_falls_on_noises_it_was_not_trained_on(tmp_path: Path) -> None:
-    run = small(tiny_sd(), tmp_path / "a", **WELL | {"epochs": 12})
+    run = small(tiny_sd(), tmp_path / "a", over="unet", **WELL | {"epochs": 10, "shown": 6})
     figures = run.record["figures"]
-    assert figures["best loss"] < 0.95 * figures["loss before"]
+    assert figures["best loss"] < 0.9 * figures["loss before"]
     assert figures["style, unseen noises: after"] < 0.98 * figures["style, unseen noises: before"]
 
 
