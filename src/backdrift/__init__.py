@@ -75,6 +75,7 @@ _EXPORTS: dict[str, str] = {
     "invert": "recipes.invert",
     "audit": "recipes.audit",
     "stylize": "recipes.stylize",
+    "expand": "recipes.expand",
     "verify": "verification.certificate",
     "Certificate": "verification.certificate",
 }

@@ -6,6 +6,7 @@ from .ambigram import ambigram
 from .audit import ClassFilter, SafetyFilter, ScoreFilter, audit, stand_in
 from .effect import measure_effect
 from .embedding import Embedding, load_embedding
+from .expand import expand
 from .guided_aesthetic import guide_aesthetic
 from .guided_class import guide_class
 from .guided_object import guide_object
@@ -26,6 +27,7 @@ __all__ = [
     "ambigram",
     "audit",
     "effect_pairs",
+    "expand",
     "guide_aesthetic",
     "guide_class",
     "guide_object",
