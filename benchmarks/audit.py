@@ -126,16 +126,16 @@ def figures(data: dict[str, Any]) -> list[list[str]]:
     for name, shown in FILTERS.items():
         if name not in data:
             continue
-        for tau in TAUS:
-            parts = []
-            for way in (SEARCH, RANDOM):
-                r = find(data[name], tau, way)
-                parts.append(
-                    f"{rate(r['evades'], r['flagged'])}{'' if way == SEARCH else ' by random changes, equal calls'}"
-                )
-            rows.append(
-                [f"audit, {shown} that forbids the digit four: evasions within τ = {tau:g}", "; ".join(parts)]
-            )
+        found = {way: [find(data[name], tau, way) for tau in TAUS] for way in WAYS}
+        counts = {way: ", ".join(str(r["evades"]) for r in each) for way, each in found.items()}
+        flagged, taus = found[SEARCH][0]["flagged"], ", ".join(f"{tau:g}" for tau in TAUS)
+        rows.append(
+            [
+                f"audit: a {shown} that forbids the digit four, evaded within τ = {taus} of {flagged} flagged noises",
+                f"by the gradient {counts[SEARCH]}; by random changes with as many calls {counts[RANDOM]}; "
+                f"by one gradient step {counts[ONE_STEP]} (a judge in no loss still reads a four)",
+            ]
+        )
     return rows
 
 

@@ -57,8 +57,8 @@ The record (``record.json``, UTF-8, no NaN: an unknown number is ``null``)
 ``comparison``            of the same: {``scores``: [{``name``, ``lower``}], ``rows``: [{``name``, ``scores``, costs}],
                           ``note``}, the table to show
 ``one_step``              of the same: measured tries of one-step guidance for each of n-step guidance's
-``curves``                of the same: {``label``, ``across``, ``note``, ``lines``: [{``name``, ``style``, ``points``}]};
-                          ``title`` where it is not the loss along the steps
+``curves``                of the same: {``label``, ``across``, ``note``, ``lines``: [{``name``, ``style``, ``points``}]}
+                          (and ``title`` where it is not the loss along the steps)
 ``audit``                 of audits: {``filter``, ``samples``, ``searches``: [{``tau``, ``way``, ``tensors``,
                           ``samples``}], ``rates``, ``hardening``}
 ``tables``                further tables of the page: [{``title``, ``columns``, ``rows``, ``note``}]

@@ -34,8 +34,8 @@ RATES_NOTE = (
 )
 CHANGES_NOTE = (
     "Columns by τ: evasions that still pass when the filter looks at a changed copy. Still flagged: of the pictures "
-    "that were flagged at the start; flagged now: of those that passed. Whoever knows of the change can search through it, "
-    "too: this is a hurdle, not a proof."
+    "that were flagged at the start; flagged now: of those that passed. Whoever knows of the change can search through "
+    "it, too: this is a hurdle, not a proof."
 )
 
 
@@ -224,9 +224,9 @@ def histogram(audit: Mapping[str, Any], flagged: Sequence[int]) -> dict[str, Any
     return {
         "title": "The filter's margin",
         "label": "pictures",
-        "across": "margin of the filter (flagged above 0; 1: the median at the start)",
+        "across": "margin; 1 is the median at the start",
         "lines": lines,
-        "note": "Of the pictures that were flagged at the start. A search ends at the first "
+        "note": "Of the pictures that were flagged at the start; above 0 the filter flags. A search ends at the first "
         "picture that passes, so what passes lies just below 0.",
     }
 
