@@ -161,7 +161,7 @@ def test_hooks_around_see_what_is_no_weight() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack), turns.saving(lambda: asked.append(1)):
         out = call(x)
-    twice = copy.deepcopy(network)
+    twice = made("chain", False)
     with torch.no_grad():
         for parameter in twice.parameters():
             parameter.mul_(2)

@@ -20,6 +20,8 @@ MODULES = (
     "test_schedulers",
     "test_targets",
     "test_precision_and_layout",
+    "test_casting",
+    "test_quantised",
     "test_processors",
     "test_caches",
     "test_modular",

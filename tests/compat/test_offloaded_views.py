@@ -23,7 +23,7 @@ from offloaded_runs import (
 from torch import Tensor
 
 import backdrift as bd
-from backdrift.errors import StateChangedError
+from backdrift.errors import StateChangedError, UnsupportedError
 from tiny_pipelines import PICTURE, noise_for, tiny_sd, tiny_sdxl
 
 
@@ -114,3 +114,13 @@ def test_weights_edited_at_home_are_noticed_by_a_view(way: str, gradient: Any) -
         home.mul_(2)
     with pytest.raises(StateChangedError, match=r"conv_in\.weight"):
         x0.sum().backward()
+
+
+@TRAP.refused("`bd.verify` of an offloaded pipeline, whose networks it would copy in float64")
+@pytest.mark.parametrize("way", ["model", "blocks"])
+@pytest.mark.parametrize("build", [tiny_sd, tiny_sdxl])
+def test_a_certificate_wants_one_device(build: Any, way: str) -> None:
+    pipe = build()
+    WAYS[way](pipe)
+    with pytest.raises(UnsupportedError, match=r"is offloaded.*one device"):
+        bd.verify(pipe, prompt="a", loss=lambda images: images.square().flatten(1).mean(1), steps=[2])

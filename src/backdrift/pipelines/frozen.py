@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .forwards import own_forwards
 from .offloaded import Offloading
@@ -47,12 +47,12 @@ class Frozen:
             prepare: what is made of a new copy before its weights come and go.
         """
         own = self._instead.get(name, unwrapped(module))
-        places = [tensor.data_ptr() for tensor in own.parameters()]
+        # Hooks that move weights to the device and back may leave them at another place, and a copy would keep the old
+        # one.
+        places = [_place(weight) for weight in own.parameters()] if self.comes_and_goes(name) else []
         known = self._made.get(name)
         if known is not None:
-            # Hooks that move weights to the device and back may leave them at another place, and the old one would be
-            # kept by the copy.
-            if self.offloading.turns is None or known[0] == places:
+            if known[0] == places:
                 return known[1]
             self.offloading.forget(known[1])
         ours = shadow(own, set())
@@ -70,3 +70,9 @@ class Frozen:
         for _, ours in self._made.values():
             self.offloading.forget(ours)
         self._made = {}
+
+
+def _place(weight: Tensor) -> int:
+    return (
+        weight.data_ptr() if type(weight.data) is Tensor else 0
+    )  # quantised ones have none; they are refused

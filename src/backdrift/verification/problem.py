@@ -18,6 +18,7 @@ from ..denoiser import Denoiser
 from ..errors import InputError, MissingGradientError, UnsupportedError
 from ..losses import Loss
 from ..pipelines.load import noise
+from ..pipelines.offloaded import execution_device
 from ..pipelines.shadow import shadow, trained_parameters
 from ..pipelines.view import View, as_denoiser
 from ..pipelines.views.of_text import family_of
@@ -224,8 +225,13 @@ def of_pipeline(
 
     Raises:
         InputError: a size does not fit.
-        UnsupportedError: another family of pipeline.
+        UnsupportedError: another family of pipeline, or an offloaded one.
     """
+    if execution_device(pipe) is not None:
+        raise UnsupportedError(
+            f"{type(pipe).__name__} is offloaded, and its gradients are checked in float64 too, on copies of its "
+            "networks that stay where they are: verify a pipeline on one device"
+        )
     train = None if over in ("noise", "cond") else _train(pipe, over)
     texts: dict[str, Any] = {"negative_prompt": negative_prompt, "train": train}
     objective: nn.Module
