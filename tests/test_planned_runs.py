@@ -144,6 +144,37 @@ def test_a_remembered_job_keeps_neither_pipeline_nor_loss_alive() -> None:
     assert [ref() for ref in watched] == [None, None]
 
 
+def checkpointed(pipe: Any) -> None:
+    pipe.unet.enable_gradient_checkpointing()
+    pipe.unet.train()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pipe: pipe.vae.enable_slicing(),
+        lambda pipe: pipe.enable_attention_slicing(1),
+        lambda pipe: pipe.unet.mid_block.requires_grad_(False),
+        checkpointed,
+    ],
+    ids=["slices", "attention", "flags", "checkpoints"],
+)
+def test_a_job_is_counted_anew_where_the_pipeline_was_set_up_otherwise(change: Callable[[Any], Any]) -> None:
+    """The count for the earlier set-up was taken, and the budget passed without a word."""
+
+    def need(pipe: Any) -> int:
+        run = bd.differentiable(pipe, memory="1GiB", train="unet")
+        run(**call_of(pipe, 2, side=16, batch=2))
+        assert run.plan is not None
+        return run.plan.plain.needs.peak
+
+    pipe, other = tiny_sd(), tiny_sd()
+    before = need(pipe)
+    change(pipe)
+    change(other)
+    assert need(pipe) == need(other) != before
+
+
 def test_what_is_only_planned_for_is_refused_by_name() -> None:
     for changed in ({"weights": "offload"}, {"weights": "stream"}, {"loss": 1}):
         with pytest.raises(UnsupportedError, match=next(iter(changed))):

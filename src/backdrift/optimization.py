@@ -68,8 +68,9 @@ def optimize(
         prompt: one prompt, or several.
         loss: a loss's name, or a callable ``loss(images)`` or ``loss(images, prompts)`` -> one value per sample;
             images (N, 3, H, W) are meant for [0, 1] and not clamped.
-        over: ``"noise"``, ``"prompt_embeds"``, ``"lora"`` (the pipeline's own, or a new one of ``rank``), a
-            component (``"unet"``), patterns of weights (``"unet.*attn2*"``), or a :class:`~backdrift.descent.Variable`.
+        over: ``"noise"``, ``"prompt_embeds"``, ``"lora"`` (the active adapters, or a new one of ``rank`` beside them),
+            a component (``"unet"``), patterns of weights (``"unet.*attn2*"``), or a
+            :class:`~backdrift.descent.Variable`.
         height, width: the pictures' size in pixels; default the network's own.
         num_inference_steps, guidance_scale: as diffusers spells them; default guidance the pipeline's own.
         steps: updates. ``steps + 1`` sets of pictures are measured.

@@ -178,6 +178,22 @@ def _seen(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | type(None)) else type(value)
 
 
+def _set_up(layer: nn.Module) -> Any:
+    """What a user may switch on a layer that changes what calls hold: mode, attention, slices, tiles, adapters."""
+    own = vars(layer)
+    processor = own.get("processor")
+    tiles = tuple(v for k, v in own.items() if k.startswith(("use_", "tile_")))
+    adapters = (own["_active_adapter"], own.get("_disable_adapters")) if "_active_adapter" in own else None
+    return (
+        layer.training,
+        own.get("gradient_checkpointing"),
+        own.get("_chunk_size"),
+        type(processor),
+        getattr(processor, "slice_size", None),
+        repr((tiles, adapters)),
+    )
+
+
 def _state(pipe: Any) -> Any:
     """Of the pipeline, what decides over bytes and calls."""
     scheduler = getattr(pipe, "scheduler", None)
@@ -185,8 +201,8 @@ def _state(pipe: Any) -> Any:
         (
             name,
             _same(module),
-            sum(1 for _ in module.modules()),
-            tuple({p.dtype for p in module.parameters()}),
+            tuple(_set_up(child) for child in module.modules()),
+            tuple((p.dtype, p.requires_grad) for p in module.parameters()),
             way_of(module),
         )
         for name, module in networks(pipe).items()
