@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -174,6 +175,30 @@ def dropout_is_drawn_again() -> None:
         found.append([x.grad, *(p.grad for p in network.parameters())])
     close(found[1], found[0], 0.0)
     close(found[2], found[0], 1e-9)
+
+
+@checks(exact=lambda: bd.Exact("min"), symplectic=lambda: bd.SymplecticAdjoint("stored"))
+def hidden_state_is_noticed_without_waiting(made: Any) -> None:
+    """Backward passes over 4 and 12 calls read from the card as often; ``backward()`` itself raises."""
+
+    def run(steps: int, growth: float) -> int:
+        x, cond = (there(v) for v in toy_inputs())
+        network, calls = ToyNetwork().to(DEVICE), []
+
+        def counting(x: Tensor, t: Tensor, c: Any) -> Tensor:
+            calls.append(t)
+            return network(x, t, c) * (1 + growth * len(calls))
+
+        # What is looked for NaN is read number by number when the pass has ended.
+        how = {"grid": bd.TimeGrid(steps=steps), "gradient": made(), "check_finite": False}
+        solution = bd.sample(toy_denoiser(counting), x.requires_grad_(), cond, **how)
+        CARD.waits = 0
+        solution.x0.square().sum().backward()
+        return CARD.waits
+
+    assert run(12, 0.0) == run(4, 0.0)
+    with pytest.raises(bd.errors.StateChangedError, match=r"a call of counting did not repeat itself.*% off"):
+        run(4, 0.01)
 
 
 # ---- pipelines -------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ class Glimpse:
         if not found:
             return None
         with torch.no_grad():
-            return cls(found[:: -(-len(found) // _TENSORS)])
+            return cls(found if len(found) <= _TENSORS else [found[i] for i in _spaced(len(found))])
 
     def off(self, other: Glimpse) -> Tensor:
         """By how much the other one differs from this one: ‖a - b‖ / ‖a‖, the largest of all tensors', ()."""
@@ -165,8 +165,8 @@ class Repeats:
             offs = torch.stack(
                 [off.detach() for off, *_ in found]
             ).tolist()  # the one time that the device is read
-            for off, (_, *how) in zip(offs, found, strict=True):
-                _check(off, *how)
+            for off, (_, tolerance, who, remedy) in zip(offs, found, strict=True):
+                _check(off, tolerance, who, remedy)
 
 
 def differs(who: str, how: str, remedy: str) -> StateChangedError:
@@ -229,6 +229,11 @@ def _spread(x: Tensor, count: int) -> Tensor:
         index.append(places % extent)
         places = places // extent
     return x[tuple(reversed(index))] if index else x.expand(count)
+
+
+def _spaced(size: int) -> list[int]:
+    """The tensors that are looked at among many: the first, the last, and others in between."""
+    return [i * (size - 1) // (_TENSORS - 1) for i in range(_TENSORS)]
 
 
 @lru_cache(maxsize=1024)

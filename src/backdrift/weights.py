@@ -18,7 +18,7 @@ from torch import nn
 from .carried import Carried, Carrier
 from .errors import StateChangedError
 from .residence import Turns
-from .versions import version_of
+from .versions import version_of, versions_of
 
 _ADVICE = "run the sampling call again, or call backward() before the change"
 
@@ -144,7 +144,7 @@ class Weights:
             self.tensors
         )  # buffers follow: put back, but not compared (BatchNorm edits its own: see :meth:`carried`)
         self.tensors += buffers
-        self.versions = [version_of(t) for t in self.tensors[: self.checked]]
+        self.versions = versions_of(self.tensors[: self.checked])
         self.flags = [t.requires_grad for t in self.tensors]
         self.data = [self._at_home(t.data) for t in self.tensors]
         self.addresses = [t.data_ptr() for t in self.data]
@@ -163,12 +163,17 @@ class Weights:
     def unchanged(self) -> bool:
         """Whether a new snapshot would be equal to this one (weights, flags, modes, addresses, adapters)."""
         return (
-            self.versions == [version_of(t) for t in self.tensors[: self.checked]]
-            and self.addresses == [self._at_home(t).data_ptr() for t in self.tensors]
+            self.versions == versions_of(self.tensors[: self.checked])
+            and self.addresses == self._addresses()
             and self.flags == [t.requires_grad for t in self.tensors]
             and self.training == [m.training for m in self.holders]
             and self.switches == [_switches(layer) for _, layer in self.layers]
         )
+
+    def _addresses(self) -> list[int]:
+        if self._turns is None:
+            return [t.data_ptr() for t in self.tensors]
+        return [self._at_home(t).data_ptr() for t in self.tensors]
 
     def carried(self) -> Carried | None:
         """What layers in train mode carry in their buffers now; to be asked right before a call."""
@@ -183,7 +188,7 @@ class Weights:
         """
         parameters = self.tensors[: self.checked]
         if not (
-            self.versions == [version_of(t) for t in parameters]
+            self.versions == versions_of(parameters)
             and self.flags[: self.checked] == [t.requires_grad for t in parameters]
             and (self.owned or self.addresses[: self.checked] == [t.data_ptr() for t in parameters])
         ):

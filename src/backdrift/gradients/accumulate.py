@@ -18,7 +18,7 @@ from .findings import Findings
 
 
 class Sums:
-    """Running sums of the gradients of ``shared[i]`` for each i in ``wanted``.
+    """Running sums of the gradients of ``shared[i]`` for each i in ``wanted``; dense, also where those are sparse.
 
     Attributes:
         buffers: in the order of ``wanted``; None until a first gradient arrives.
@@ -87,7 +87,9 @@ class Sums:
     def _taking(self, place: int):  # type: ignore[no-untyped-def]
         def take(grad: Tensor) -> Tensor:
             with torch.no_grad():
-                self.add(place, grad)
+                self.add(place, grad.to_dense() if grad.is_sparse else grad)
+            if grad.is_sparse:  # an embedding's; a hook may not change the layout
+                return torch.zeros_like(grad)
             return grad.new_zeros(()).expand(grad.shape)
 
         return take

@@ -97,7 +97,7 @@ class Calls:
             self.model.nfe += 1
             self.stats.calls_forward += 1
             self._ambients[self.interval].append(self._surroundings(x, branch))
-            self._carried[self.interval].append(self.context.carried())
+            self._carried[self.interval].append(self.context.snapshot().carried())
             out, seen = self.context.run(x, branch, t) if self._opened else self._open(x, t, branch)
             outputs.append(out)
             if self.noting:

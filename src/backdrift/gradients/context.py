@@ -12,7 +12,6 @@ from torch.autograd.graph import Node
 
 from .. import nests
 from ..ambient import Ambient
-from ..carried import Carried
 from ..conditioning import Branch, moves
 from ..denoiser import Denoiser
 from ..errors import MissingGradientError, StateChangedError
@@ -53,10 +52,6 @@ class NetworkContext:
         if not self.weights.unchanged():
             self.weights = Weights(self.modules)
         return self.weights
-
-    def carried(self) -> Carried | None:
-        """What the network carries in its buffers now; to be asked right before a call."""
-        return self.snapshot().carried()
 
     def run(self, x: Tensor, branch: Branch, t: Scalar) -> tuple[Tensor, Glimpse | None]:
         """The network call, and what is seen of the network's own output."""
@@ -134,7 +129,10 @@ class NetworkContext:
     def check_unchanged(self, weights: Weights) -> None:
         """Raise if a redone call would see other tensors, flags, modes or adapters than the first one."""
         weights.check()
-        for holder, mode in zip(weights.holders, weights.training, strict=True):
+        modes = [holder.training for holder in weights.holders]
+        # All at once to begin with: this is asked in every call.
+        changed = [] if modes == weights.training else zip(weights.holders, weights.training, strict=True)
+        for holder, mode in changed:
             if holder.training != mode:
                 names = (n for _, m in self.modules for n, child in m.named_modules() if child is holder)
                 where = next(names, "") or type(holder).__name__

@@ -18,6 +18,7 @@ from ..errors import BudgetError
 from ..memory import MemoryPlan
 from ..repeats import Glimpse
 from ..stats import RunStats
+from ..weights import Weights
 from .base import Evaluator, GradientMethod
 from .context import NetworkContext
 from .reach import sequence_number
@@ -70,12 +71,13 @@ class _NetworkCall:
         branch: Branch,
         t: float,
         ambient: Ambient,
+        weights: Weights,
         carried: Carried | None,
         keep: bool,
     ) -> None:
         self.context, self.branch, self.t, self.ambient, self.keep = context, branch, t, ambient, keep
         self.carried = carried
-        self.weights = context.snapshot()
+        self.weights = weights
         self.kept: Trace | None = None
         self.seen: Glimpse | None = None
 
@@ -129,7 +131,8 @@ class _Run(Evaluator):
         if not torch.is_grad_enabled():
             return self.model.run(x, t, branch)
         index, self.made = self.made, self.made + 1
-        ambient, carried = self._surroundings(x, branch), self.context.carried()
+        ambient, weights = self._surroundings(x, branch), self.context.snapshot()
+        carried = weights.carried()
         chain, traced = (self.chain, None) if self.chain is not None else self._open(x, t, branch)
         if not x.requires_grad and self.token is None and not isinstance(t, Tensor):
             return self._without_graph(x, t, branch, traced)
@@ -139,6 +142,7 @@ class _Run(Evaluator):
             branch,
             t if time is None else time.detach(),
             ambient,
+            weights,
             carried,
             index >= self.total - self.keep,
         )

@@ -19,6 +19,11 @@ def sequence_number() -> int:
     return node._sequence_nr()  # type: ignore[union-attr]
 
 
+with torch.enable_grad():
+    # The class of the nodes that end in a leaf. A node of a user's own function may have a "variable" too.
+    _LEAF = type(torch.zeros((), requires_grad=True).view(()).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
+
+
 def reach(out: Tensor, floor: int | None) -> tuple[list[Tensor], list[Node]]:
     """Walk the graph behind ``out``.
 
@@ -37,9 +42,8 @@ def reach(out: Tensor, floor: int | None) -> tuple[list[Tensor], list[Node]]:
     stack = [out.grad_fn]
     while stack:
         node = stack.pop()
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            leaves.append(variable)
+        if type(node) is _LEAF:
+            leaves.append(node.variable)  # type: ignore[attr-defined]
             continue
         if floor is not None and node._sequence_nr() < floor:
             outside.append(node)
