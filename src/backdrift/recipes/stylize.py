@@ -34,7 +34,7 @@ from .references import open_reference
 from .stylize_loss import BUILT_IN, Features, Layers, Network, OnThemselves, StyleAndContent
 from .stylize_originals import Originals
 from .stylize_page import Shown, show, shown_already
-from .stylize_weights import CROSS_ATTENTION, variable_for
+from .stylize_weights import CROSS_ATTENTION, check_there, variable_for
 
 __all__ = ["stylize"]
 
@@ -123,6 +123,7 @@ def stylize(
     loss = StyleAndContent(
         picture, Features(network, style_layers, content_layers), style_weight, content_weight
     )
+    check_there(pipe, variable)
     height, width = picture_size(pipe, height, width)
     check_prompts(pipe, [*every, *unseen])
     trained = [prompt for prompt in every for _ in range(noises)]

@@ -13,6 +13,7 @@ from ..descent import Example, Lora, Variable
 from ..descent import Weights as WeightsInPlace
 from ..descent.randomness import seeded
 from ..descent.subject import denoiser
+from ..descent.weights import select
 from ..errors import InputError
 from ..files import write_atomically
 from ..pipelines.homes import named_weights
@@ -112,6 +113,18 @@ def variable_for(over: str | Sequence[str] | Variable, rank: int | None) -> Vari
             f"{CROSS_ATTENTION!r}, 'lora', a component, or patterns such as 'unet.*attn2*'."
         )
     return Weights(over)
+
+
+def check_there(pipe: Any, variable: Variable) -> None:
+    """See that the pipeline has what the variable trains, before anything is sampled.
+
+    Raises:
+        InputError: it has not.
+    """
+    if isinstance(variable, CrossAttention):
+        cross_attention(pipe)
+    elif isinstance(variable, Weights) or (isinstance(variable, Lora) and variable.rank is None):
+        select(pipe, variable.patterns)
 
 
 @contextmanager
