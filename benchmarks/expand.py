@@ -35,7 +35,7 @@ import backdrift as bd
 from backdrift.descent.randomness import seeded
 from backdrift.descent.subject import describe_pipeline
 from backdrift.losses import Classifier, ClassTarget
-from backdrift.losses.kinds import KINDS, load_kinds
+from backdrift.losses.digit_kinds import KINDS, load_kinds
 from backdrift.pictures import side_by_side, to_pil
 from backdrift.recipes.expand_target import pull_of, sees
 from backdrift.recipes.one_step import OneStep, calls_of, guide_one_step

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from backdrift import losses
 from backdrift.errors import InputError
-from backdrift.losses.kinds import KINDS, ink, load_kinds
+from backdrift.losses.digit_kinds import KINDS, ink, load_kinds
 from backdrift.pipelines.assets import card, folder
 
 pytest.importorskip("sklearn")

@@ -29,10 +29,12 @@ def builtin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_clip: dict) ->
     from types import ModuleType
 
     import backdrift.pipelines as room
+    from backdrift.pipelines.assets import folder
 
     assets = ModuleType("backdrift.pipelines.assets")
     assets.load_clip = lambda: (tiny_clip["model"], tiny_clip["tokenizer"])  # type: ignore[attr-defined]
     assets.load_classifier = tiny_heads  # type: ignore[attr-defined]
+    assets.folder = folder  # type: ignore[attr-defined]  # the classifier of kinds is small as it ships
     monkeypatch.setitem(sys.modules, assets.__name__, assets)
     monkeypatch.setattr(room, "assets", assets, raising=False)
     monkeypatch.chdir(tmp_path)

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 import backdrift as bd
 from backdrift.losses import Preference
-from backdrift.losses.kinds import load_kinds
+from backdrift.losses.digit_kinds import load_kinds
 from backdrift.pipelines.assets import ASSETS, load_classifier, load_clip, load_digits_denoiser
 
 from .classifier import measure as measure_classifier

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTextModelWithProjection
 
-from backdrift.losses.kinds import KindNetwork
+from backdrift.losses.digit_kinds import KindNetwork
 from backdrift.losses.preference import PreferenceNetwork
 from backdrift.pipelines.assets import ASSETS
 from backdrift.pipelines.classifier import SceneClassifier

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backdrift.losses.kinds import KINDS, KindNetwork
+from backdrift.losses.digit_kinds import KINDS, KindNetwork
 
 from .judge import ShapeJudge, ink
 from .loop import device, train
@@ -31,7 +31,7 @@ FOOT, BAR = 1.3, 2.55
 
 
 def kind_of(pictures: Tensor, digits: Tensor) -> Tensor:
-    """The numbers in :data:`~backdrift.losses.kinds.KINDS` (n,) of real digits (n, 8, 8) in [0, 1] and their digits."""
+    """Of real digits (n, 8, 8) in [0, 1] and which they are, (n,): the kinds' places in ``digit_kinds.KINDS``, (n,)."""
     under = pictures[:, 6:, [0, 1, 6, 7]].sum((1, 2))
     widest = pictures[:, 3:7].sum(2).amax(1)
     kind = torch.full_like(digits, KINDS.index("another digit"))

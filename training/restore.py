@@ -9,7 +9,7 @@ from torch import nn
 
 import backdrift as bd
 from backdrift.losses import Preference
-from backdrift.losses.kinds import load_kinds
+from backdrift.losses.digit_kinds import load_kinds
 from backdrift.pipelines.assets import folder, load_classifier, load_clip, load_digits_denoiser
 
 from .clip import VOCABULARY, save_vocabulary

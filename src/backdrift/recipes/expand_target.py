@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..losses import Classifier, ClassTarget, Cutouts, Loss, load_classifier, resolve
-from ..losses.kinds import load_kinds
+from ..losses.digit_kinds import load_kinds
 
 #: Classifiers by name.
 NAMED: dict[str, Callable[[], Classifier]] = {"kinds": load_kinds, "digits": load_classifier}
