@@ -447,6 +447,17 @@ def test_a_finished_run_is_returned_without_work(tmp_path: Path, monkeypatch: py
         descend(other, tmp_path / "a", noise=noise)
 
 
+@pytest.mark.parametrize("over", ["unet", "lora"])
+def test_weights_of_a_compiled_network_are_optimised(tmp_path: Path, over: str) -> None:
+    plain, compiled = tiny_sd(), tiny_sd()
+    compiled.unet = torch.compile(compiled.unet)
+    rank = 2 if over == "lora" else None
+    expected = descend(plain, tmp_path / "plain", over=over, rank=rank, steps=2)
+    found = descend(compiled, tmp_path / "compiled", over=over, rank=rank, steps=2)
+    assert found.best.tensors.keys() == expected.best.tensors.keys()
+    assert all(torch.equal(value, expected.best.tensors[k]) for k, value in found.best.tensors.items())
+
+
 def test_another_set_up_of_the_same_weights_is_another_run(tmp_path: Path) -> None:
     pipe = with_loras(["ours"], [0.7])
     descend(pipe, tmp_path / "a", steps=0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..pipelines.homes import named_weights
-from ..pipelines.shadow import lora_names
+from ..pipelines.shadow import lora_names, networks, unwrapped
 from ..run import Run
 from ..suggest import closest
 from .adapter import one_more_adapter
@@ -76,6 +76,7 @@ class Lora(Weights):
                 yield
             return
         component, network = denoiser(pipe)
+        network = unwrapped(network)
         self.patterns = [f"{component}.*lora_*.{self.adapter}.*"]
         more = one_more_adapter(component, network, self.adapter, self.rank, self.targets)
         with more, super().on(pipe, examples):
@@ -84,12 +85,12 @@ class Lora(Weights):
     def export(self, pipe: Any, run: Run) -> None:
         from peft import get_peft_model_state_dict
 
-        networks = {k: m for k, m in pipe.components.items() if getattr(m, "peft_config", None)}
-        adapters = list(dict.fromkeys(name for m in networks.values() for name in m.peft_config))
+        parts: dict[str, Any] = {k: m for k, m in networks(pipe).items() if getattr(m, "peft_config", None)}
+        adapters = list(dict.fromkeys(name for m in parts.values() for name in m.peft_config))
         trained = [a for a in adapters if any(f".{a}." in f"{name}." for name in self.parameters)]
         for adapter in trained:
             layers: dict[str, Any] = {}
-            for name, network in networks.items():
+            for name, network in parts.items():
                 mine = [k for k in self.parameters if k.startswith(f"{name}.") and f".{adapter}." in f"{k}."]
                 if mine:
                     layers[f"{name}_lora_layers"] = get_peft_model_state_dict(network, adapter_name=adapter)
@@ -133,7 +134,7 @@ def select(pipe: Any, patterns: Sequence[str]) -> dict[str, Tensor]:
         InputError: a pattern matches nothing.
     """
     found: dict[str, Tensor] = {}
-    components = {k: m for k, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
+    components = networks(pipe)  # without the wrappers of torch.compile, as differentiable names them
     weights = {c: {k: p for k, p, _ in named_weights(m)} for c, m in components.items()}
     for pattern in patterns:
         if pattern == "lora":

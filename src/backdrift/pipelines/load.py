@@ -108,7 +108,7 @@ def latent_shape(pipe: Any, *, height: int | None = None, width: int | None = No
     Raises:
         InputError: if the pipeline has no picture-shaped latents, or the size does not fit it.
     """
-    network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    network = _denoiser(pipe)
     if network is None or not hasattr(network.config, "in_channels"):
         raise InputError(
             f"{type(pipe).__name__} has no denoising network with in_channels; pass latents of your own"
@@ -166,9 +166,15 @@ def noise(
     """
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size}: at least 1 is needed")
-    network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    network = _denoiser(pipe)
     shape = latent_shape(pipe, height=height, width=width)
     draw = torch.Generator().manual_seed(seed)
     x = torch.stack([torch.randn(shape, generator=draw) for _ in range(batch_size)])
     device = device or pipe._execution_device
     return x.to(device=device, dtype=dtype or getattr(network, "dtype", torch.float32))
+
+
+def _denoiser(pipe: Any) -> Any:
+    """The denoising network, or None. Not by ``or``: the wrapper that torch.compile makes has no truth value."""
+    found = (getattr(pipe, name, None) for name in ("unet", "transformer"))
+    return next((network for network in found if network is not None), None)
