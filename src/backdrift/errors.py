@@ -20,7 +20,8 @@ class NonFiniteError(BackdriftError, ArithmeticError):
 
 
 class StateChangedError(BackdriftError, RuntimeError):
-    """Weights, adapters or flags changed between the forward pass and the backward pass."""
+    """Weights, adapters or flags changed between the forward pass and the backward pass, or a redone network call gave
+    something else than the first one."""
 
 
 class MissingGradientError(BackdriftError, RuntimeError):
