@@ -266,6 +266,3 @@ def test_what_cannot_be_guided_is_refused_by_name() -> None:
     pipe = tiny_flux()
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
     refused(pipe, text(pipe), "disable_cache")
-    pipe = tiny_sd()
-    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-    refused(pipe, text(pipe), "layerwise")

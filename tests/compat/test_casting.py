@@ -116,3 +116,25 @@ def test_the_doctor_says_so() -> None:
     assert rows["unet: layerwise casting"].found.startswith("83 layers from float8_e4m3fn to float32")
     assert "caches" not in " ".join(rows)
     assert {rows[name].status for name in ("finite", "beside plain autograd", "by the noise")} == {"ok"}
+
+
+@TRAP.handled("guidance, and `as_denoiser`")
+def test_guidance_and_views() -> None:
+    pipe = tiny_sd()
+    cast(pipe)
+    reference = rounded(tiny_sd, pipe)
+    embeds = {k: v.detach() for k, v in inputs(pipe).items() if k != "latents"}
+    latents = inputs(pipe)["latents"].detach()
+    pictures, gradients = [], []
+    for each in (pipe, reference):
+        guidance = bd.SymplecticAdjointGuidance(lambda images: images.flatten(1).mean(1), 2, 0.0, 0.5, 2.0)
+        call = {**embeds, **SIZE, "num_inference_steps": 4}
+        pictures.append(bd.guide(each, None, guidance, latents=latents, **call).images)
+        plain_picture = each(latents=latents, output_type="pt", **call).images
+        assert not torch.equal(pictures[-1], plain_picture)
+        view, x = bd.as_denoiser(each, **embeds), latents.clone().requires_grad_()
+        grid = bd.pipeline_grid(each, 3)
+        sol = bd.sample(view.model, x, view.cond, grid=grid, gradient=bd.Exact("min"))
+        gradients.append(torch.autograd.grad(sol.x0.square().sum(), x)[0])
+    assert torch.equal(*pictures)
+    assert_bits([gradients[0]], [gradients[1]])

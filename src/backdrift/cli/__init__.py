@@ -12,7 +12,21 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
-from . import ambigram, audit, demo, doctor, expand, generate, guide, info, invert, optimize, plan, stylize, verify
+from . import (
+    ambigram,
+    audit,
+    demo,
+    doctor,
+    expand,
+    generate,
+    guide,
+    info,
+    invert,
+    optimize,
+    plan,
+    stylize,
+    verify,
+)
 
 app = typer.Typer(
     name="backdrift",
@@ -38,7 +52,21 @@ def _root(
     pass
 
 
-for _module in (generate, optimize, invert, expand, ambigram, stylize, guide, audit, plan, doctor, verify, info, demo):
+for _module in (
+    generate,
+    optimize,
+    invert,
+    expand,
+    ambigram,
+    stylize,
+    guide,
+    audit,
+    plan,
+    doctor,
+    verify,
+    info,
+    demo,
+):
     _module.add_to(app)
 
 

@@ -23,12 +23,11 @@ from .clone import clone_of
 from .decoding import Decoder
 from .forwards import check_networks
 from .frozen import Frozen
-from .homes import MOVING
 from .levels import Levels, levels_of, position_of
 from .recorded import Recorded
 from .refusals import check_components
 from .shadow import shadow, unwrapped
-from .states import check_states, hooks_of
+from .states import caches_of, check_states
 from .stepped import KEY as _KEY
 from .stepped import Stepping
 from .stepping import _is_denoiser, listened
@@ -213,13 +212,11 @@ class Capture:
         Raises:
             UnsupportedError: the network has hooks of diffusers'.
         """
-        hooks = (name for _, _, name, _ in hooks_of(unwrapped(call.module)))
-        hook = next((name for name in hooks if name not in MOVING), None)
+        hook = next(caches_of(unwrapped(call.module)), None)
         if hook is not None:
             raise UnsupportedError(
                 f"{call.name} has the hook {hook}. Caches keep one call's results for the next, and guidance makes "
-                f"calls of its own between them; layerwise casting converts the weights around each call. Take it "
-                f"off (pipe.{call.name}.disable_cache(), or load it in one dtype)"
+                f"calls of its own between them. Take it off: pipe.{call.name}.disable_cache()"
             )
         ours = self._frozen.of(call.name, call.module)
         _unhook(ours)

@@ -39,7 +39,7 @@ def upcasting(kind: Any) -> Any:
         _put_back(self)
         return output
 
-    methods = {"pre_forward": pre_forward, "post_forward": post_forward, "exchanged": []}
+    methods = {"pre_forward": pre_forward, "post_forward": post_forward}
     return type(kind.__name__, (kind,), methods)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .forwards import own_forwards
 from .offloaded import Offloading
 from .shadow import shadow, unwrapped
+from .states import own_casts
 
 __all__ = ["Frozen"]
 
@@ -57,6 +58,7 @@ class Frozen:
             self.offloading.forget(known[1])
         ours = shadow(own, set())
         own_forwards(own, ours)
+        own_casts(own, ours)
         ours = self.offloading.dressed(name, prepare(ours))
         self._made[name] = places, ours
         return ours

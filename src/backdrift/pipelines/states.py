@@ -44,6 +44,11 @@ def hooks_of(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
             yield name, child, hook_name, registry.hooks[hook_name]
 
 
+def caches_of(module: nn.Module) -> Iterator[str]:
+    """Names of the hooks that leave something for later calls, or change what calls compute."""
+    return (name for _, _, name, _ in hooks_of(module) if name not in MOVING and name != CASTING)
+
+
 def check_hooks(key: str, module: nn.Module) -> None:
     """Refuse diffusers' hooks that cut the graph or look at the user's pipeline during a call.
 
@@ -97,6 +102,12 @@ def own_hooks(original: nn.Module, ours: nn.Module) -> None:
             mine.__dict__["_diffusers_hook"] = chain
         for hook_name in kept:
             chain.register_hook(_fresh(hook_name, registry.hooks[hook_name], memo), hook_name)
+
+
+def own_casts(original: nn.Module, ours: nn.Module) -> None:
+    """The same where weights are cast around their layers' calls, for copies of networks that have no other hooks."""
+    if any(name == CASTING for _, _, name, _ in hooks_of(original)):
+        own_hooks(original, ours)
 
 
 def remembered(module: nn.Module) -> Remembered | None:
@@ -188,7 +199,7 @@ def _fresh(name: str, hook: Any, memo: dict[int, Any]) -> Any:
     ours.fn_ref = None
     if name == CASTING:
         kind: Any = type(hook)
-        ours.__class__ = upcasting(kind)
+        ours.__class__, ours.exchanged = upcasting(kind), []
     for key, value in vars(hook).items():
         if hasattr(value, "_state_cache"):
             if id(value) not in memo:

@@ -18,12 +18,11 @@ from ...errors import InputError, UnsupportedError
 from ..calls import PipelineCall
 from ..clone import clone_of
 from ..forwards import check_networks
-from ..homes import MOVING
 from ..offloaded import Offloading
 from ..recorded import Recorded
 from ..refusals import check_components
 from ..shadow import networks
-from ..states import check_states, hooks_of
+from ..states import caches_of, check_states
 from ..stepping import _is_denoiser, listened
 from .listener import KEY, Listener, Over
 from .process import Interpolation, Process, process_of, times_of
@@ -166,12 +165,11 @@ def check_view(pipe: Any) -> None:
             "bd.differentiable, or a view of a pipeline without it"
         )
     for key, module in found.items():
-        hook = next((hook for _, _, hook, _ in hooks_of(module) if hook not in MOVING), None)
+        hook = next(caches_of(module), None)
         if hook is not None:
             raise UnsupportedError(
                 f"{key} has the hook {hook}: a cache keeps one call's results for the next, and a solver's calls are "
-                "others; layerwise casting converts the weights around each call. Take it off "
-                f"(pipe.{key}.disable_cache(), or load it in one dtype)"
+                f"others. Take it off: pipe.{key}.disable_cache()"
             )
 
 

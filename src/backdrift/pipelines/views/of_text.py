@@ -14,6 +14,7 @@ from ...schedules import VP, Flow
 from ..forwards import own_forwards
 from ..offloaded import Offloading
 from ..shadow import networks, shadow
+from ..states import own_casts
 from .process import Interpolation, is_flow, table_of
 
 __all__ = ["Family", "PipelineNetwork", "family_of", "of_text"]
@@ -98,6 +99,7 @@ def of_text(
     original = networks(pipe)[name]
     module = shadow(original, trained)
     own_forwards(original, module)
+    own_casts(original, module)
     module = offloading.dressed(name, module)
     config = pipe.scheduler.config
     if family == "unet":
