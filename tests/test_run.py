@@ -11,7 +11,7 @@ import torch
 
 from backdrift.errors import InputError
 from backdrift.files import write_atomically
-from backdrift.pictures import side_by_side
+from backdrift.pictures import in_rows, side_by_side
 from backdrift.run import Run, fingerprint
 
 
@@ -189,6 +189,17 @@ def test_pictures_are_clamped_rounded_and_put_in_a_row(tmp_path: Path) -> None:
         assert [picture.getpixel((4 * k, 1)) for k in range(4)] == [(v,) * 3 for v in (0, 128, 255, 1)]
         assert picture.getpixel((2, 0)) == (255, 255, 255)  # the gap
     assert side_by_side(images[:1]).shape == (3, 2, 2)
+
+
+def test_many_pictures_wrap() -> None:
+    images = torch.arange(5.0).reshape(5, 1, 1, 1).expand(5, 3, 2, 2) / 10
+    wrapped = in_rows(images, across=3, gap=1)
+    assert wrapped.shape == (3, 5, 8)
+    assert torch.equal(wrapped[:, :2], side_by_side(images[:3], gap=1))
+    assert torch.equal(wrapped[:, 3:, :5], side_by_side(images[3:], gap=1))
+    assert bool((wrapped[:, 2] == 1).all())
+    assert bool((wrapped[:, 3:, 5:] == 1).all())
+    assert torch.equal(in_rows(images), side_by_side(images))
 
 
 def test_tensors_come_back_bit_for_bit(tmp_path: Path) -> None:

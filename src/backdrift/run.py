@@ -81,7 +81,7 @@ from torch import Tensor
 from . import nests
 from .errors import InputError
 from .files import locked, write_atomically
-from .pictures import side_by_side, to_pil
+from .pictures import in_rows, to_pil
 from .record import (
     FORMAT,
     NOT_DECISIVE,
@@ -301,11 +301,11 @@ class Run:
         """Write ``pictures/<name>.png`` and enter it in the record.
 
         Args:
-            images: (3, H, W) or (N, 3, H, W) in [0, 1]; clamped. Several become one row.
+            images: (3, H, W) or (N, 3, H, W) in [0, 1]; clamped. Several become rows of twelve.
             flagged: whether a safety checker flagged any of them; the page blurs the row then.
         """
         path = f"pictures/{name.replace(' ', '-')}.png"
-        row = to_pil(side_by_side(images if images.ndim == 4 else images[None]))
+        row = to_pil(in_rows(images if images.ndim == 4 else images[None]))
         write_atomically(self.folder / path, lambda f: row.save(f, format="PNG"))
         more = {"flagged": True} if flagged else {}
         self.record["pictures"][name] = {"path": path, "caption": caption, **more}
