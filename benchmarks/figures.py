@@ -22,7 +22,7 @@ from .peers.page import figures as beside_peers
 from .record import Figures
 
 README = Path(__file__).parent.parent / "README.md"
-BESIDES = "Measured besides: ambigrams, inversion, stylisation, new words, audits, model pages, guidance, other packages"
+BESIDES = "Measured besides: ambigrams, inversion, stylisation, new words, audits, guidance, other packages"
 _NAMES = {
     "plain": "plain autograd",
     "exact-max": '`Exact("max")`',
