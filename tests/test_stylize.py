@@ -412,7 +412,7 @@ def test_another_reference_does_not_take_a_folder_over(tmp_path: Path) -> None:
         ({"over": "noise"}, "'noise' belongs to one picture"),
         ({"over": Noise()}, "must be weights"),
         ({"over": "unet.nothing"}, "matches no weight"),
-        ({"over": "lora"}, "carries no LoRA: load one, or give rank=4"),
+        ({"over": "lora"}, "carries no active LoRA: load one, or give rank=4"),
         ({"rank": 4}, "rank=4 makes a LoRA"),
         ({"network": "built-in:vgg"}, "No network called 'built-in:vgg'"),
         ({"style_layers": [9]}, "blocks are 1 to 4, got block=9"),

@@ -136,7 +136,8 @@ def test_calls_products_and_growth_are_counted() -> None:
         assert row.largest_growth == pytest.approx(max(each), rel=1e-12)
         assert math.prod(each) ** (1 / 16) == pytest.approx(row.growth, rel=1e-9)
     assert all(row.peak_bytes and row.seconds for row in common().rows)
-    assert (plain.peak_bytes or 0) > (exact.peak_bytes or 0)  # it keeps every call
+    glimpses = 32 * 64 * 8  # the entries of the calls' outputs that redone ones are compared with
+    assert (plain.peak_bytes or 0) > (exact.peak_bytes or 0) - glimpses  # it keeps every call
 
 
 def test_the_yardstick_runs_on_the_reversible_methods_own_sampler() -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 from .. import blocks
@@ -125,6 +126,7 @@ class _Stage:
         self.kinds: dict[Any, tuple[Kind, Any]] = {}
         self.calls: list[Kind] = []
         self.owned: list[dict[int, int]] = []  # per call, the storages of its arguments
+        self.addresses: list[StorageWeakRef] = []
         self.forward: list[Moment] = []
         self.backward: list[Moment] = []
 
@@ -155,6 +157,7 @@ class _Stage:
             pictures=pictures,
             own=self._own(),
         )
+        self.addresses.clear()
         self.pipe = (
             None  # the job measures kinds of calls on this stage when asked, and may outlive the pipeline
         )
@@ -213,6 +216,8 @@ class _Stage:
             self.calls.append(kind)
             tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
             self.owned.append({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors})
+            # A weak reference keeps the address from being reused for another call's arguments.
+            self.addresses += [StorageWeakRef(t.untyped_storage()) for t in tensors]
             return answer(shape, tensors, lambda: self.backward.append(self._moment(moment.call)))
 
         return called
