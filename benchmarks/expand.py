@@ -55,8 +55,8 @@ WORD: dict[str, Any] = {
 }  # fmt: skip
 GUIDED = OneStep(0.5, 0.0, 1.0)
 """What was best for ambigrams on seeds of their own; not tuned again here."""
-#: kind -> (colour, digit)
-TASKS = {"plain seven": ("blue", "seven"), "one with a foot": ("red", "one")}
+#: kind -> (colour, digit, weight of what the prompt said)
+TASKS = {"plain seven": ("blue", "seven", 0.2), "one with a foot": ("red", "one", 0.05)}
 WAYS = {
     "plain": "the prompt alone",
     "best": "the prompt alone, the best of {tries}",
@@ -107,9 +107,9 @@ def lowest(loss: Any, tries: list[Tensor]) -> Tensor:
 
 def measure(pipe: Any, kind: str, folder: Path) -> dict[str, Any]:
     """All ways to one kind; the two descents go on where they were killed."""
-    colour, digit = TASKS[kind]
+    colour, digit, weight = TASKS[kind]
     prompt, referees = f"a {colour} {digit} on white", Referees(kind, digit)
-    keep = f"0.05*class:{prompt}"
+    keep = f"{weight}*class:{prompt}"
     loss = pull_of(ClassTarget(kind, load_kinds()), scale=0.05, cut_power=0.3, keep=keep, **CROPS)
     name = kind.replace(" ", "-")
     word = bd.expand(
