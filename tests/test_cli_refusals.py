@@ -112,7 +112,9 @@ def test_a_loss_that_is_not_finite_fails(model: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "def nan(images):\n    return (images - images).flatten(1).sum(1).log() * 0\n"
     )
-    refused(optimize(model, "--loss", "mine.py:nan"), "Iteration 0", "NaN or infinity in the loss", code=FAILED)
+    refused(
+        optimize(model, "--loss", "mine.py:nan"), "Iteration 0", "NaN or infinity in the loss", code=FAILED
+    )
 
 
 def test_a_loss_that_does_not_depend_on_the_picture(model: str, tmp_path: Path) -> None:
