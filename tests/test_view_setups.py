@@ -177,6 +177,7 @@ def test_a_trained_text_encoder_is_gone_through_again_until_it_is_changed() -> N
 @pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
 def test_the_view_of_sound_says_what_its_own_scheduler_makes_of_the_network(prediction: str) -> None:
     """Stable Audio's scheduler tells its network an angle; it samples with noise of its own, so no run is compared."""
+    pytest.importorskip("torchsde")  # the scheduler's
     pipe = with_scheduler(
         tiny_stable_audio, "CosineDPMSolverMultistepScheduler", prediction_type=prediction, sigma_min=0.3
     )
