@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,8 +72,8 @@ def stand_ins(network: nn.Module) -> None:
     """Put ordinary linear layers on the meta device in place of those that compute with their weight's own state.
 
     For a network that is only measured. A tensor subclass looks like a float weight there; a library's own layer class
-    would look for its tables. Saved for the backward pass is the same: nothing but the weight; of layers
-    that unpack it for PyTorch's own product (GGUF's) hold the unpacked one with every call.
+    would look for its tables. What is saved for the backward pass is the same: nothing but the weight, or, where a
+    layer unpacks that for PyTorch's own product (GGUF's), the unpacked one with every call.
     """
     kinds: dict[Any, type[nn.Linear]] = {}
     for _, layer in list(quantised_linears(network)):
@@ -162,4 +163,13 @@ def _rows(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
-    return type(layer).forward(layer, x)  # without the user's hooks
+    """The layer's output, without the user's hooks.
+
+    On a copy with a bias of its own: libraries settle the dtype of their arithmetic, and cast the bias in place, by the
+    first input that they see, and this is not the user's.
+    """
+    ours = copy.copy(layer)
+    ours.__dict__["_parameters"] = dict(layer._parameters)
+    if layer.bias is not None:
+        ours._parameters["bias"] = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+    return type(layer).forward(ours, x)
